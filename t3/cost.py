@@ -1,0 +1,148 @@
+"""What a forward pass costs before it is run: multiply-accumulates and activation memory. Pure Python, no torch.
+
+One MAC is one multiplication and one addition (two FLOPs). Attention counts both of its matrix products; softmax,
+norms and rotations are left out, being linear in the tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .plan import Grid, Partition, Plan
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a Wan transformer that its cost depends on."""
+
+    layers: int
+    dim: int
+    ffn_dim: int
+    heads: int
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    text_tokens: int = 512
+    image_tokens: int = 0
+    patch: tuple[int, int, int] = (1, 2, 2)
+
+    @classmethod
+    def from_config(cls, config: Mapping) -> ModelShape:
+        """From a diffusers `WanTransformer3DModel` config."""
+        return cls(
+            layers=config["num_layers"],
+            dim=config["num_attention_heads"] * config["attention_head_dim"],
+            ffn_dim=config["ffn_dim"],
+            heads=config["num_attention_heads"],
+            in_channels=config["in_channels"],
+            out_channels=config["out_channels"],
+            text_dim=config["text_dim"],
+            image_tokens=(config.get("pos_embed_seq_len") or 257) if config.get("image_dim") else 0,
+            patch=tuple(config["patch_size"]),
+        )
+
+
+def branch_pairs(grid: Grid, partition: Partition, global_tokens: int = 0) -> int:
+    """Query-key pairs of one grouping's windows; global tokens are keys of every window."""
+    return sum(n * size * (size + global_tokens) for n, size in partition.window_classes(grid))
+
+
+def attention_pairs(grid: Grid, partition: Partition, global_tokens: int = 0, *, released: bool = False) -> int:
+    """Query-key pairs of one T3 layer: both groupings, coinciding ones once unless `released`, plus global queries.
+
+    `global_tokens` are those before and after the grid; each of them attends every token, once.
+    `released` counts both groupings always, as the authors' code computes them.
+    """
+    branches = 1 if partition.coincides(grid) and not released else 2
+    global_pairs = global_tokens * (grid.tokens + global_tokens)
+    return branches * branch_pairs(grid, partition, global_tokens) + global_pairs
+
+
+@dataclass(frozen=True)
+class Cost:
+    """MACs of one forward pass of one sample, and bytes of activations at its peak.
+
+    `attention_*`: self-attention's two products. `other`: everything else (projections, cross-attention, FFN,
+    embeddings), which no plan changes. `model_*`: their sums.
+    """
+
+    attention_dense: int
+    attention_released: int
+    attention_t3: int
+    other: int
+    activation_bytes: int
+
+    @property
+    def model_dense(self) -> int:
+        return self.attention_dense + self.other
+
+    @property
+    def model_released(self) -> int:
+        return self.attention_released + self.other
+
+    @property
+    def model_t3(self) -> int:
+        return self.attention_t3 + self.other
+
+
+def other_macs(shape: ModelShape, tokens: int) -> int:
+    """MACs of one forward pass outside self-attention's products, for `tokens` tokens."""
+    d, context = shape.dim, shape.text_tokens + shape.image_tokens
+    pt, ph, pw = shape.patch
+    patch_volume = pt * ph * pw
+    per_layer = (
+        4 * tokens * d * d  # self-attention's q, k, v and output projections
+        + 2 * tokens * d * d  # cross-attention's q and output projections
+        + 2 * context * d * d  # its k and v
+        + 2 * tokens * context * d  # its two products
+        + 2 * tokens * d * shape.ffn_dim
+    )
+    text = shape.text_tokens * (shape.text_dim * d + d * d)
+    ends = tokens * patch_volume * d * (shape.in_channels + shape.out_channels)
+    return shape.layers * per_layer + text + ends
+
+
+def activation_bytes(shape: ModelShape, tokens: int, *, batch: int = 1, element: int = 2) -> int:
+    """Peak activation bytes of one forward pass of the diffusers model with T3 attention, weights not counted.
+
+    `element` is the bytes of one activation (2 for bfloat16). Counted from the model's code: the FFN's input and
+    output of its GELU live together, beside the residual stream, its float32 copy and the normed input; or, where the
+    FFN is narrow, attention's q, k, v, rotated q and k, one grouping's copies and the two branches' outputs.
+    """
+    wide, narrow = tokens * shape.ffn_dim * element, tokens * shape.dim * element
+    float_copy = tokens * shape.dim * 4
+    ffn = 2 * wide + 2 * narrow + float_copy
+    attention = 10 * narrow + float_copy
+    return batch * max(ffn, attention)
+
+
+def model_cost(
+    shape: ModelShape,
+    plan: Plan,
+    grid: Sequence[int],
+    *,
+    global_tokens: int = 0,
+    batch: int = 1,
+    element: int = 2,
+) -> Cost:
+    """The cost of one forward pass under `plan`, dense, as released and as computed here.
+
+    MACs are those of one sample; `activation_bytes` those of `batch` samples. `global_tokens`: tokens before and
+    after the grid (reference or context latents), counted in every figure.
+    """
+    here = Grid(*grid)
+    partitions = plan.partitions(here, shape.layers)
+    tokens = here.tokens + global_tokens
+    products = 2 * shape.dim
+
+    def attention(released: bool) -> int:
+        return products * sum(attention_pairs(here, p, global_tokens, released=released) for p in partitions)
+
+    return Cost(
+        attention_dense=products * shape.layers * tokens * tokens,
+        attention_released=attention(True),
+        attention_t3=attention(False),
+        other=other_macs(shape, tokens),
+        activation_bytes=activation_bytes(shape, tokens, batch=batch, element=element),
+    )

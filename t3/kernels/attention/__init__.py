@@ -1,0 +1,1 @@
+"""The T3 attention operation."""

@@ -1,0 +1,51 @@
+"""Which tokens stand in which window: index tensors that group a grid and put it back. Any torch device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+
+from .plan import Grid, Partition
+
+LOCAL, STRIDED = "local", "strided"
+
+
+def axis_groups(length: int, count: int, kind: str) -> list[torch.Tensor]:
+    """Positions of one axis in its groups, those of equal length stacked: `[groups, group length]`, at most two."""
+    positions = torch.arange(length)
+    short, longer = divmod(length, count)
+    if kind == LOCAL:
+        cut = longer * (short + 1)
+        parts = [positions[:cut].view(longer, short + 1), positions[cut:].view(count - longer, short)]
+    else:
+        # Rows are rounds of `count`; the last, unfinished round belongs to the first `longer` groups.
+        rounds = positions[: short * count].view(short, count)
+        rest = positions[short * count :].view(1, longer)
+        parts = [torch.cat([rounds[:, :longer], rest]).T, rounds[:, longer:].T]
+    return [part for part in parts if part.shape[0]]
+
+
+@lru_cache(maxsize=64)
+def window_indices(grid: Grid, partition: Partition, kind: str, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Token indices of every window of one grouping, windows of equal size together.
+
+    Returns at most 8 int64 tensors `[windows, tokens in a window]` on `device`. Together they hold each token of the
+    grid exactly once; tokens of a window are in token order. `kind` is `LOCAL` or `STRIDED`.
+    """
+    times, rows, columns = (axis_groups(n, c, kind) for n, c in zip(grid, partition, strict=True))
+    classes = []
+    for t in times:
+        for h in rows:
+            for w in columns:
+                index = (t[:, None, None, :, None, None] * grid.h + h[None, :, None, None, :, None]) * grid.w
+                index = index + w[None, None, :, None, None, :]
+                count = t.shape[0] * h.shape[0] * w.shape[0]
+                classes.append(index.reshape(count, -1).to(device))
+    return tuple(classes)
+
+
+def groupings(grid: Sequence[int], partition: Sequence[int]) -> tuple[str, ...]:
+    """The groupings a layer must compute: one where local and strided coincide, both otherwise."""
+    return (LOCAL,) if Partition(*partition).coincides(Grid(*grid)) else (LOCAL, STRIDED)

@@ -1,0 +1,70 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from t3 import Grid, Partition, Plan
+from t3.cost import ModelShape, attention_pairs, model_cost
+from t3.kernels.attention.naive import local_groups, strided_groups, windows
+
+WAN_1_3B = ModelShape(layers=30, dim=1536, ffn_dim=8960, heads=12)
+
+
+def test_the_paper_s_figures():
+    cost = model_cost(WAN_1_3B, Plan.preset("wan2.1-4k"), (21, 136, 240))
+    assert round(cost.attention_dense / 1e12) == 43_299
+    assert round(cost.attention_released / 1e12) == 1_007
+    assert round(cost.attention_t3 / 1e12) == 594
+    assert cost.model_t3 == cost.attention_t3 + cost.other
+
+
+@given(st.data())
+def test_pairs_are_those_of_the_reference_s_windows(data):
+    grid = Grid(*(data.draw(st.integers(1, 8)) for _ in range(3)))
+    partition = Partition(*(data.draw(st.integers(1, n)) for n in grid))
+    outside = data.draw(st.integers(0, 5))
+    counted = [
+        sum(len(w) * (len(w) + outside) for w in windows(grid, partition, kind))
+        for kind in (local_groups, strided_groups)
+    ]
+    globals_ = outside * (grid.tokens + outside)
+    assert attention_pairs(grid, partition, outside, released=True) == sum(counted) + globals_
+    once = counted[0] if partition.coincides(grid) else sum(counted)
+    assert attention_pairs(grid, partition, outside) == once + globals_
+
+
+def test_a_reference_frame_is_dear():
+    plan, grid = Plan.preset("wan2.1-4k"), (21, 136, 240)
+    plain = model_cost(WAN_1_3B, plan, grid).attention_t3
+    with_frame = model_cost(WAN_1_3B, plan, grid, global_tokens=136 * 240).attention_t3
+    assert 7 < with_frame / plain < 11
+
+
+def test_a_dense_plan_costs_what_dense_costs():
+    cost = model_cost(WAN_1_3B, Plan.preset("dense"), (3, 30, 52), global_tokens=7)
+    assert cost.attention_t3 == cost.attention_dense
+
+
+def test_whole_model_matches_parameters_times_tokens():
+    """Every weight of a linear layer is used once per token: an independent count of the dominant terms."""
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    config = {"num_attention_heads": 2, "attention_head_dim": 128, "ffn_dim": 512, "num_layers": 3, "text_dim": 96}
+    with torch.device("meta"):
+        model = diffusers.WanTransformer3DModel(**config)
+    tokens, text = 1000, 512
+    expected = 0
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and not name.startswith("condition_embedder.time"):
+            from_text = "attn2.to_k" in name or "attn2.to_v" in name or "text_embedder" in name
+            expected += module.weight.numel() * (text if from_text else tokens)
+    expected += model.patch_embedding.weight.numel() * tokens
+    expected += 3 * 2 * tokens * text * 256  # cross-attention's products
+    shape = ModelShape.from_config(model.config)
+    cost = model_cost(shape, Plan.preset("dense"), (10, 10, 10))
+    assert cost.other == expected
+
+
+def test_activation_memory_is_near_what_was_measured():
+    """Measured once: 31.6 GiB for diffusers' 1.3B at 4K in bfloat16, weights not counted."""
+    cost = model_cost(WAN_1_3B, Plan.preset("wan2.1-4k"), (21, 136, 240))
+    assert cost.activation_bytes / 2**30 == pytest.approx(31.6, rel=0.05)
