@@ -56,7 +56,7 @@ def t3_attention(
     inside = [x[:, prefix:end] for x in (q, k, v, out)]
     outside = [torch.cat([x[:, :prefix], x[:, end:]], dim=1) for x in (k, v)] if end - prefix < q.shape[1] else None
     for branch, kind in enumerate(groupings(here, counts)):
-        for index in window_indices(here, counts, kind, q.device):
+        for index in window_indices(tuple(here), tuple(counts), kind, q.device):
             _attend_windows(inside, outside, index, branch, backend, scale, memory)
     for rows in (slice(0, prefix), slice(end, q.shape[1])):
         if q[:, rows].shape[1]:

@@ -10,6 +10,7 @@ import torch
 from .plan import Grid, Partition
 
 LOCAL, STRIDED = "local", "strided"
+Size = tuple[int, int, int]
 
 
 def axis_groups(length: int, count: int, kind: str) -> list[torch.Tensor]:
@@ -27,19 +28,26 @@ def axis_groups(length: int, count: int, kind: str) -> list[torch.Tensor]:
     return [part for part in parts if part.shape[0]]
 
 
-@lru_cache(maxsize=64)
-def window_indices(grid: Grid, partition: Partition, kind: str, device: torch.device) -> tuple[torch.Tensor, ...]:
+@torch.compiler.assume_constant_result  # compiled code holds the tensors instead of building them at each call
+def window_indices(grid: Size, partition: Size, kind: str, device: torch.device) -> tuple[torch.Tensor, ...]:
     """Token indices of every window of one grouping, windows of equal size together.
 
-    Returns at most 8 int64 tensors `[windows, tokens in a window]` on `device`. Together they hold each token of the
-    grid exactly once; tokens of a window are in token order. `kind` is `LOCAL` or `STRIDED`.
+    Returns at most 8 int64 tensors `[windows, tokens in a window]` on `device`, kept for the next call. Together they
+    hold each token of the grid exactly once; tokens of a window are in token order. `kind` is `LOCAL` or `STRIDED`.
+    `grid` and `partition` are plain tuples, since torch.compile cannot pass others on.
     """
+    return _window_indices(grid, partition, kind, device)
+
+
+@lru_cache(maxsize=64)
+def _window_indices(grid: Size, partition: Size, kind: str, device: torch.device) -> tuple[torch.Tensor, ...]:
+    _, height, width = grid
     times, rows, columns = (axis_groups(n, c, kind) for n, c in zip(grid, partition, strict=True))
     classes = []
     for t in times:
         for h in rows:
             for w in columns:
-                index = (t[:, None, None, :, None, None] * grid.h + h[None, :, None, None, :, None]) * grid.w
+                index = (t[:, None, None, :, None, None] * height + h[None, :, None, None, :, None]) * width
                 index = index + w[None, None, :, None, None, :]
                 count = t.shape[0] * h.shape[0] * w.shape[0]
                 classes.append(index.reshape(count, -1).to(device))

@@ -1,0 +1,76 @@
+#!/usr/bin/env python3
+"""Set up what is needed, once, and run: `python3 run.py generate`, `python3 run.py test`.
+
+Everything is installed into `.venv` beside this file. Only Python's standard library is used here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+USAGE = """usage: python3 run.py COMMAND [ARGUMENTS]
+
+  generate   text to video; without arguments a small embedded model makes a clip (python -m t3.generate)
+  decode     saved latents to video (python -m t3.decode)
+  backends   which attention kernels this machine can use (python -m t3.backends)
+  test       lint, types and all tests; ARGUMENTS go to pytest
+"""
+EXTRAS = {"generate": "generate", "decode": "generate", "backends": "generate", "test": "test"}
+
+
+def environment(extra: str) -> Path:
+    """The Python of an environment with this extra installed; made or brought up to date if need be."""
+    folder = Path(os.environ.get("T3_VENV") or ROOT / ".venv")
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    wanted = b"".join((ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt"))
+    stamp = folder / f"installed-{extra}"
+    state = hashlib.sha256(wanted + str(ROOT).encode()).hexdigest()
+    if python.exists() and stamp.exists() and stamp.read_text() == state:
+        return python
+    if not python.exists():
+        print(f"Making an environment in {folder} ...", file=sys.stderr, flush=True)
+        venv.create(folder, with_pip=True)
+    print("Installing (a few minutes the first time; torch is large) ...", file=sys.stderr, flush=True)
+    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*install, "-c", ROOT / "constraints.txt", "-e", f"{ROOT}[{extra}]"], check=True)
+    stamp.write_text(state)
+    return python
+
+
+def test(python: Path, arguments: list[str]) -> int:
+    """Lint and types first, since they are quick; pytest always runs and speaks last."""
+    checks = [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]]
+    codes = [subprocess.run([python, "-m", *check], cwd=ROOT).returncode for check in checks]
+    codes.append(subprocess.run([python, "-m", "pytest", *arguments], cwd=ROOT).returncode)
+    return max(codes)
+
+
+def main() -> int:
+    if sys.version_info < (3, 10):
+        print(f"Python 3.10 or newer is needed; this is {sys.version.split()[0]}.", file=sys.stderr)
+        return 2
+    command, *arguments = sys.argv[1:] or ["--help"]
+    if command not in EXTRAS:
+        print(USAGE, end="")
+        return 0 if command in ("-h", "--help") else 2
+    try:
+        python = environment(EXTRAS[command])
+    except subprocess.CalledProcessError as error:
+        print(f"The installation failed (exit status {error.returncode}); pip's message is above.", file=sys.stderr)
+        return 1
+    if command == "test":
+        return test(python, arguments)
+    return subprocess.run([python, "-m", f"t3.{command}", *arguments]).returncode
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

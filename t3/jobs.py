@@ -1,0 +1,262 @@
+"""Clips to make and where they go: what is asked for, what is done already, and the loop that does the rest."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .cli import Stopwatch, check_clip, say, write_clip
+from .errors import T3Error
+from .files import check_output
+from .prompts import Prompt, output_path, pending, read_prompts, shard
+from .video import check_video_path
+
+if TYPE_CHECKING:
+    from .pipeline import Engine
+
+LATENTS_SUFFIX = ".latent"
+DEFAULT_FOLDER = Path("output")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One clip to sample. Sizes in pixels and frames; `image` and `last_image` are files to start from and end in."""
+
+    prompt: str
+    negative: str
+    height: int
+    width: int
+    frames: int
+    steps: int
+    cfg: float
+    seed: int
+    image: Path | None = None
+    last_image: Path | None = None
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run, whatever is sampled."""
+
+    dtype: str = "auto"
+    device: str = "auto"
+    offload: str = "auto"
+    backend: str = "auto"
+    attention_memory: int | None = None
+    compile: bool = False
+    shift: float = 5.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """A clip and its files. `out` is None when only latents are wanted, `latents` when only the clip is."""
+
+    name: str
+    clip: Clip
+    out: Path | None
+    latents: Path | None
+
+
+def make_jobs(args: argparse.Namespace) -> tuple[list[Job], int]:
+    """The jobs that are left to do, and how many are done already.
+
+    One `--prompt` makes one job. Of a `--prompts` file, this process's share makes one each, named after its prompt;
+    those whose outputs exist are done (unless `--overwrite`): running the same command again finishes the rest.
+    Raises `T3Error` for bad prompts, a bad share, or outputs that cannot be written.
+    """
+    if args.prompts is None:
+        if args.shard:
+            raise T3Error("--shard splits the prompts of a --prompts file; with one --prompt leave it out.")
+        out = None if args.no_decode else Path(args.out) if args.out else _free_default(args.format)
+        job = Job(out.stem if out else "clip", _clip(args, None), _as_asked(out, args.out), args.latents_out)
+        _check(job, args)
+        return [job], 0
+    prompts = read_prompts(args.prompts)
+    if args.shard:
+        prompts = shard(prompts, *args.shard)
+    suffix = "" if args.format == "png" else f".{args.format}"
+    out_folder = None if args.no_decode else Path(args.out or DEFAULT_FOLDER)
+    latents_folder = Path(args.latents_out) if args.latents_out else None
+    todo = list(prompts)
+    if not args.overwrite:
+        unfinished = {
+            p.name for folder, s in _wanted(out_folder, suffix, latents_folder) for p in pending(prompts, folder, s)
+        }
+        todo = [p for p in prompts if p.name in unfinished]
+    jobs = []
+    for prompt in todo:
+        out = output_path(prompt, out_folder, suffix) if out_folder else None
+        latents = output_path(prompt, latents_folder, LATENTS_SUFFIX) if latents_folder else None
+        job = Job(prompt.name, _clip(args, prompt), out, latents)
+        if job.latents and job.latents.exists() and not args.overwrite:
+            _check(Job(job.name, job.clip, job.out, None), args)  # its latents are there and will be reused
+        else:
+            _check(job, args)
+        jobs.append(job)
+    return jobs, len(prompts) - len(todo)
+
+
+def _wanted(out: Path | None, suffix: str, latents: Path | None) -> list[tuple[Path, str]]:
+    return [(folder, s) for folder, s in ((out, suffix), (latents, LATENTS_SUFFIX)) if folder is not None]
+
+
+def _as_asked(out: Path | None, text: str | None) -> Path | None:
+    """`out`, or an error where the name asks for a kind of file that cannot be written (a Path drops a final slash)."""
+    if out is not None and text:
+        check_video_path(text)
+        if text.endswith("/") and out.suffix:
+            raise T3Error(f"--out {text}: a folder of frames cannot have a suffix. Use {out.with_suffix('')}/.")
+    return out
+
+
+def _free_default(suffix: str) -> Path:
+    """`output/t3-00001.mp4`, or the next number that is free."""
+    ending = "" if suffix == "png" else f".{suffix}"
+    number = 1
+    while (path := DEFAULT_FOLDER / f"t3-{number:05}{ending}").exists():
+        number += 1
+    return path
+
+
+def _clip(args: argparse.Namespace, prompt: Prompt | None) -> Clip:
+    def own(value: Any, usual: Any) -> Any:
+        return usual if value is None else value
+
+    text = prompt.text if prompt else args.prompt
+    return Clip(
+        prompt=text,
+        negative=own(prompt.negative if prompt else None, args.negative_prompt),
+        height=args.height,
+        width=args.width,
+        frames=args.frames,
+        steps=args.steps,
+        cfg=args.cfg,
+        seed=own(prompt.seed if prompt else None, args.seed),
+        image=own(prompt.image if prompt else None, args.image),
+        last_image=args.last_image,
+    )
+
+
+def _check(job: Job, args: argparse.Namespace) -> None:
+    if job.out is None and job.latents is None:
+        raise T3Error("--no-decode leaves nothing to write; give --latents-out too.")
+    if job.out is not None:
+        check_clip(job.out, args.width, args.height, args)
+    if job.latents is not None:
+        check_output(job.latents, args.overwrite)
+
+
+def run_jobs(
+    engine: Engine, jobs: list[Job], args: argparse.Namespace, settings: dict[str, Any], watch: Stopwatch
+) -> list[dict[str, Any]]:
+    """Make every clip. Returns one result each: `status` is "done" or "failed", with `error` where it failed.
+
+    A clip that fails does not stop the others, save where memory ran out, which the others would repeat.
+    """
+    import torch
+
+    results = []
+    for number, job in enumerate(jobs, 1):
+        if len(jobs) > 1:
+            say(f"[{number}/{len(jobs)}] {job.name}")
+        result: dict[str, Any] = {"name": job.name, "prompt": job.clip.prompt, "seed": job.clip.seed}
+        results.append(result)
+        try:
+            result.update(_run(engine, job, args, settings, watch), status="done")
+        except torch.OutOfMemoryError as error:
+            result.update(status="failed", error=f"out of memory: {_first_line(error)} {_LESS_MEMORY}")
+            say(f"{job.name}: {result['error']}")
+            break
+        except (T3Error, OSError) as error:
+            result.update(status="failed", error=_first_line(error))
+            say(f"{job.name}: {result['error']}")
+    return results
+
+
+_LESS_MEMORY = "Try --offload model or group, --dtype fp8, or a smaller size."
+
+
+def _run(engine: Engine, job: Job, args: argparse.Namespace, settings: dict[str, Any], watch: Stopwatch) -> dict:
+    from .latents import save_latents
+
+    metadata = {"t3": {**settings, **_plain(asdict(job.clip)), "fps": args.fps}}
+    # Until the clip is written its latents are on disk: whatever happens to the decode, the sampling is not lost.
+    stored = job.latents or _rescue_path(job, metadata)
+    latents = _stored_latents(stored, metadata)
+    if latents is None:
+        with watch.stage("sample"):
+            latents = engine.sample(job.clip)
+        save_latents(stored, latents, metadata=metadata, overwrite=args.overwrite)
+    else:
+        say(f"{job.name}: sampled before with the same settings; using {stored}")
+    if job.out is None:
+        return {"latents": str(stored)}
+    try:
+        with watch.stage("decode"):
+            write_clip(job.out, _frames(engine, latents), args.width, args.height, args, metadata)
+    except BaseException:
+        say(f"{job.name}: not decoded, but not lost: the latents are in {stored}. {_how_to_decode(engine, stored)}")
+        raise
+    if job.latents is None:
+        stored.unlink(missing_ok=True)
+    return {"out": str(job.out), **({"latents": str(stored)} if job.latents else {})}
+
+
+def _frames(engine: Engine, latents) -> Iterator:
+    from .decoder import decode_frames, frame_count
+
+    frames = decode_frames(engine.vae, latents, engine.device, say)
+    return with_progress(frames, frame_count(latents.shape[2]))
+
+
+def with_progress(pieces: Iterable, total: int) -> Iterator:
+    """Pass pieces of frames on, with a progress bar on standard error that counts frames and time left."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc="decoding", unit="frame") as bar:
+        for piece in pieces:
+            yield piece
+            bar.update(len(piece))
+
+
+def _rescue_path(job: Job, metadata: dict[str, Any]) -> Path:
+    """Where a clip's latents wait for its decode: beside it, under a name that is free or holds these very latents."""
+    assert job.out is not None
+    path = job.out.with_name(job.out.stem + LATENTS_SUFFIX)
+    number = 1
+    while path.exists() and not _holds(path, metadata):
+        number += 1
+        path = job.out.with_name(f"{job.out.stem}-{number}{LATENTS_SUFFIX}")
+    return path
+
+
+def _holds(path: Path, metadata: dict[str, Any]) -> bool:
+    from .latents import load_latents
+
+    with contextlib.suppress(T3Error):
+        return load_latents(path)[1].get("t3") == metadata["t3"]
+    return False
+
+
+def _stored_latents(path: Path, metadata: dict[str, Any]):
+    from .latents import load_latents
+
+    return load_latents(path)[0] if path.exists() and _holds(path, metadata) else None
+
+
+def _how_to_decode(engine: Engine, stored: Path) -> str:
+    sources = engine.sources
+    vae = sources.vae_file or (sources.folder / "vae" if sources.folder else "VAE")
+    return f'Decode them with: python -m t3.decode "{stored}" --vae "{vae}" --out FILE'
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,104 @@
+"""What a run will do and cost, as plain data and as lines of text. No torch import."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from .cost import ModelShape, model_cost
+from .plan import Grid, Partition, Plan
+from .sources import Sources
+
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 2}
+STORED_BYTES = {**BYTES, "fp8": 1}
+
+
+def run_facts(sources: Sources, plan: Plan, reason: str, grid: Grid, dtype: str, calls: int) -> dict[str, Any]:
+    """Model, plan, windows, cost and memory of one clip.
+
+    `dtype` is a name from `BYTES`; `calls` is the number of forward passes (steps, twice where guidance is used).
+    """
+    shape = ModelShape.from_config(sources.transformer)
+    cost = model_cost(shape, plan, grid, element=BYTES[dtype])
+    partitions = plan.partitions(grid, shape.layers)
+    cycle = partitions[: len(plan.layers)]
+    return {
+        "model": {"name": sources.name, "loads": sources.describe(), "parameters": sources.parameters},
+        "tuned": sources.tuned,
+        "plan": {"name": plan.name, "reason": reason, "definition": json.loads(plan.to_json())},
+        "grid": list(grid),
+        "tokens": grid.tokens,
+        "layers": [_layer_facts(i, p, grid, shape.layers, len(plan.layers)) for i, p in enumerate(cycle)],
+        "macs": {
+            "attention_dense": cost.attention_dense,
+            "attention_released": cost.attention_released,
+            "attention_t3": cost.attention_t3,
+            "other": cost.other,
+            "model_dense": cost.model_dense,
+            "model_t3": cost.model_t3,
+        },
+        "forward_passes": calls,
+        "flops_of_clip": 2 * cost.model_t3 * calls,
+        "memory_bytes": {
+            "transformer": sources.parameters * STORED_BYTES[dtype],
+            "activations": cost.activation_bytes,
+            "dtype": dtype,
+        },
+        "split": {"mode": "single process", "ranks": 1, "tokens_per_rank": [grid.tokens]},
+    }
+
+
+def _layer_facts(first: int, partition: Partition, grid: Grid, layers: int, cycle: int) -> dict[str, Any]:
+    sizes = [size for _, size in partition.window_classes(grid)]
+    return {
+        "layers": list(range(first, layers, cycle)),
+        "partition": list(partition),
+        "windows": partition.windows,
+        "tokens_per_window": sorted({min(sizes), max(sizes)}),
+        "branches": 1 if partition.coincides(grid) else 2,
+    }
+
+
+NOISE_WARNING = (
+    "T3 attention on weights that were not tuned for it gives noise. Give T3-tuned weights with --t3-weights, or run "
+    "stock weights with --plan dense."
+)
+
+
+def fact_lines(facts: dict[str, Any]) -> list[str]:
+    """`run_facts` for people."""
+    macs, memory = facts["macs"], facts["memory_bytes"]
+    lines = [f"model      {facts['model']['name']}, {facts['model']['parameters'] / 1e9:.2f} billion weights"]
+    lines += [f"           {line}" for line in facts["model"]["loads"]]
+    lines.append(f"T3-tuned   {facts['tuned']}")
+    if warns(facts):
+        lines.append(f"           {NOISE_WARNING}")
+    lines.append(f"plan       {facts['plan']['name']} ({facts['plan']['reason']})")
+    lines.append(f"grid       {' x '.join(map(str, facts['grid']))} = {facts['tokens']:,} tokens")
+    for layer in facts["layers"]:
+        size = " to ".join(f"{n:,}" for n in layer["tokens_per_window"])
+        once = "local and strided" if layer["branches"] == 2 else "one branch, both coincide"
+        which = ", ".join(map(str, layer["layers"]))
+        counts = " x ".join(map(str, layer["partition"]))
+        lines.append(f"windows    {counts:12} of {size} tokens, {once}; layers {which}")
+    lines.append(
+        f"attention  {_tera(macs['attention_t3'])} MACs a forward pass "
+        f"(as released {_tera(macs['attention_released'])}, dense {_tera(macs['attention_dense'])})"
+    )
+    lines.append(f"model      {_tera(macs['model_t3'])} MACs a forward pass (dense {_tera(macs['model_dense'])})")
+    lines.append(f"clip       {facts['forward_passes']} forward passes, {facts['flops_of_clip'] / 1e15:,.3g} PFLOP")
+    lines.append(
+        f"memory     {memory['transformer'] / 2**30:.1f} GiB of transformer weights and about "
+        f"{memory['activations'] / 2**30:.1f} GiB of activations in {memory['dtype']}, batch 1; text encoder and VAE "
+        "come and go beside them"
+    )
+    return lines
+
+
+def warns(facts: dict[str, Any]) -> bool:
+    """Whether the user must be told that un-tuned weights give noise: windows are used and nothing says "tuned"."""
+    return facts["tuned"] == "cannot tell" and any(layer["windows"] > 1 for layer in facts["layers"])
+
+
+def _tera(macs: int) -> str:
+    return f"{macs / 1e12:,.4g} T"

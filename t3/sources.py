@@ -1,0 +1,345 @@
+"""What a run would load, found out before anything is loaded: folders, hub ids and single files. No torch import."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import T3Error
+from .plan import Plan
+from .weights import Identity, identify, known_config, open_weights
+from .weights.layout_dit import dit_layout
+from .weights.models import require
+
+# Hub ids whose sizes we know without downloading anything, for --dry-run.
+HUB = {
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": ("wan2.1-t2v-1.3b", "wan2.1-vae"),
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": ("wan2.1-t2v-14b", "wan2.1-vae"),
+    "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": ("wan2.1-i2v-14b", "wan2.1-vae"),
+    "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": ("wan2.1-i2v-14b", "wan2.1-vae"),
+    "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers": ("wan2.1-flf2v-14b", "wan2.1-vae"),
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": ("wan2.2-ti2v-5b", "wan2.2-vae"),
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": ("wan2.2-t2v-a14b", "wan2.1-vae"),
+    "Wan-AI/Wan2.2-I2V-A14B-Diffusers": ("wan2.2-i2v-a14b", "wan2.1-vae"),
+}
+# Noise level, as a part of 1, below which the second expert takes over (Wan2.2's released configs).
+BOUNDARY = {False: 0.875, True: 0.9}
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A file to be applied on top of the transformer, and how strongly."""
+
+    path: Path
+    strength: float
+    identity: Identity
+
+    def describe(self) -> str:
+        return f"{self.path.name} at {self.strength:g}: {self.identity.describe()}"
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Everything a run needs to know about its model before loading it.
+
+    `transformer`, `vae`: their diffusers configs. `tuned`: whether the weights are T3-tuned ("yes", "cannot tell").
+    `plan_json`: the plan that the weights say they were tuned for.
+    """
+
+    name: str
+    transformer: dict[str, Any]
+    vae: dict[str, Any]
+    folder: Path | None = None
+    hub_id: str | None = None
+    embedded: bool = False
+    dits: tuple[Path, ...] = ()
+    vae_file: Path | None = None
+    text_encoder: Path | None = None
+    tokenizer: Path | None = None
+    image_encoder: Path | None = None
+    t3_weights: tuple[Adapter, ...] = ()
+    loras: tuple[Adapter, ...] = ()
+    experts: int = 1
+    boundary: float | None = None
+    plan_json: str | None = None
+    tuned: str = "cannot tell"
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def latent_channels(self) -> int:
+        return self.vae["z_dim"]
+
+    @property
+    def pixels_per_token(self) -> int:
+        """Height and width of the square of pixels that one token stands for."""
+        return self.vae.get("scale_factor_spatial", 8) * self.transformer["patch_size"][1]
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the transformer, of all experts together."""
+        layout = dit_layout(self.transformer)
+        return self.experts * sum(math.prod(parameter.shape) for parameter in layout.values())
+
+    @property
+    def needs_image(self) -> bool:
+        """The transformer takes a conditioning video beside the noise: image-to-video, never without an image."""
+        return self.transformer["in_channels"] > self.latent_channels
+
+    @property
+    def takes_image(self) -> bool:
+        """Wan2.2 5B starts from an image or from nothing."""
+        return self.needs_image or self.latent_channels == 48
+
+    @property
+    def needs_image_encoder(self) -> bool:
+        return self.transformer.get("image_dim") is not None
+
+    def describe(self) -> list[str]:
+        """What would be loaded, a line each."""
+        if self.embedded:
+            lines = [f"embedded test model in {self.folder}"]
+        elif self.hub_id:
+            lines = [f"{self.hub_id} from the hub ({'in the local cache' if self.folder else 'to be downloaded'})"]
+        else:
+            lines = [f"diffusers folder {self.folder}"] if self.folder else []
+        named = [*(("DiT", path) for path in self.dits), ("VAE", self.vae_file), ("text encoder", self.text_encoder)]
+        named += [("tokenizer", self.tokenizer), ("image encoder", self.image_encoder)]
+        lines += [f"{what} {path}" for what, path in named if path]
+        lines += [f"T3 weights {adapter.describe()}" for adapter in self.t3_weights]
+        return lines + [f"LoRA {adapter.describe()}" for adapter in self.loras]
+
+
+def find_sources(
+    *,
+    model: str | None = None,
+    dit: Sequence[str] = (),
+    vae: str | None = None,
+    text_encoder: str | None = None,
+    tokenizer: str | None = None,
+    image_encoder: str | None = None,
+    t3_weights: Sequence[str] = (),
+    loras: Sequence[str] = (),
+) -> Sources:
+    """Find and check everything that the arguments name, reading headers and configs only.
+
+    `model` is a diffusers folder or hub id; single files take the place of its parts, or make a model of their own.
+    `dit`: one file, or two for Wan2.2 A14B (high noise first). `t3_weights`: a full checkpoint, diff or LoRA, one for
+    each expert. `loras`: `FILE` or `FILE:STRENGTH`. Nothing at all means the embedded model.
+    Raises `T3Error` for what is missing, broken, or of the wrong kind.
+    """
+    if len(dit) > 2:
+        raise T3Error(f"{len(dit)} --dit files were given; give one, or two for Wan2.2 A14B (high noise first).")
+    single = {"--dit": dit, "--vae": vae, "--text-encoder": text_encoder}
+    if model is None and any(single.values()):
+        missing = [option for option, value in single.items() if not value]
+        if missing:
+            raise T3Error(f"without --model, {' and '.join(missing)} must be given too.")
+    base = _base(model, has_files=any(single.values()))
+    dits = tuple(_existing(path, "--dit") for path in dit)
+    if dits:
+        base.update(_from_dits(dits))
+    if vae:
+        found = _identify(_existing(vae, "--vae"), "vae", "--vae")
+        base.update(vae=found.config, vae_file=Path(vae))
+    if text_encoder:
+        _identify(_existing(text_encoder, "--text-encoder"), "text-encoder", "--text-encoder")
+        base["text_encoder"] = Path(text_encoder)
+    for option, value in (("tokenizer", tokenizer), ("image_encoder", image_encoder)):
+        if value:
+            base[option] = _existing(value, f"--{option.replace('_', '-')}")
+    return _finish(base, t3_weights, loras)
+
+
+def _finish(base: dict[str, Any], t3_weights: Sequence[str], loras: Sequence[str]) -> Sources:
+    transformer, vae = base["transformer"], base["vae"]
+    if transformer["out_channels"] != vae["z_dim"]:
+        raise T3Error(
+            f"the DiT makes latents of {transformer['out_channels']} channels and the VAE decodes {vae['z_dim']}. "
+            "Wan2.1 and A14B go with the 16-channel VAE (wan_2.1_vae), Wan2.2 5B with the 48-channel one (wan2.2_vae)."
+        )
+    experts = base.get("experts", 1)
+    if len(t3_weights) > experts:
+        raise T3Error(f"{len(t3_weights)} --t3-weights files were given for {experts} transformer(s).")
+    width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
+    tuned_files = tuple(_adapter(text, "--t3-weights", width) for text in t3_weights)
+    identities = [adapter.identity for adapter in tuned_files] or base.pop("identities", [])
+    base.pop("identities", None)
+    plans = [identity.plan for identity in identities if identity.plan]
+    return Sources(
+        **base,
+        t3_weights=tuned_files,
+        loras=tuple(_adapter(text, "--lora", width) for text in loras),
+        plan_json=plans[0] if plans else None,
+        tuned="no (random weights)" if base.get("embedded") and not tuned_files else "yes" if plans else "cannot tell",
+    )
+
+
+def _base(model: str | None, *, has_files: bool) -> dict[str, Any]:
+    if model is None:
+        return {} if has_files else _from_embedded()
+    path = Path(model)
+    if path.is_dir():
+        return _from_folder(path)
+    if path.is_file():
+        raise T3Error(f"--model {model} is a file; give single files as --dit, --vae and --text-encoder.")
+    if not _HUB_ID.fullmatch(model):
+        raise T3Error(f"--model {model}: no such folder, and not a hub id like Wan-AI/Wan2.1-T2V-1.3B-Diffusers.")
+    return _from_hub(model)
+
+
+def _from_embedded() -> dict[str, Any]:
+    from .embedded import TRANSFORMER, VAE, embedded_folder
+
+    vae = {**known_config("wan2.1-vae"), **VAE}
+    return {"name": "embedded", "embedded": True, "folder": embedded_folder(), "transformer": TRANSFORMER, "vae": vae}
+
+
+def _from_hub(hub_id: str) -> dict[str, Any]:
+    cached = _cached(hub_id)
+    if cached:
+        return {**_from_folder(cached), "hub_id": hub_id, "name": hub_id}
+    if hub_id not in HUB:
+        raise T3Error(
+            f"{hub_id} is not in the local cache and not one of the ids known here ({', '.join(HUB)}). "
+            f"Download it first (hf download {hub_id}) and run again."
+        )
+    name, vae = HUB[hub_id]
+    base: dict[str, Any] = {"name": name, "hub_id": hub_id, "transformer": known_config(name), "vae": known_config(vae)}
+    if "a14b" in name:
+        base.update(experts=2, boundary=BOUNDARY["i2v" in name])
+    return base
+
+
+def _cached(hub_id: str) -> Path | None:
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return None
+    index = try_to_load_from_cache(hub_id, "model_index.json")
+    return Path(index).parent if isinstance(index, str) else None
+
+
+def _from_folder(folder: Path) -> dict[str, Any]:
+    index = _read_json(folder / "model_index.json", f"{folder} is not a diffusers model folder")
+    parts = [part for part in ("transformer", "transformer_2") if (folder / part / "config.json").exists()]
+    if not parts:
+        raise T3Error(f"{folder} has no transformer/config.json; it is not a Wan pipeline in diffusers' layout.")
+    config = _read_json(folder / parts[0] / "config.json", f"{folder} is not complete")
+    if config.get("_class_name") not in ("WanTransformer3DModel", None):
+        raise T3Error(f"{folder} holds a {config['_class_name']}; T3 runs on WanTransformer3DModel pipelines.")
+    for key in ("num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "patch_size"):
+        if key not in config:
+            raise T3Error(f"{folder / parts[0] / 'config.json'} lacks {key!r}; the folder is damaged.")
+    vae = _read_json(folder / "vae" / "config.json", f"{folder} is not complete")
+    # Configs written before these fields existed leave them out; they mean the Wan2.1 VAE.
+    vae = {**known_config("wan2.1-vae"), **vae}
+    return {
+        "name": folder.name,
+        "folder": folder,
+        "transformer": config,
+        "vae": vae,
+        "experts": len(parts),
+        "boundary": index.get("boundary_ratio"),
+    }
+
+
+def _from_dits(dits: Sequence[Path]) -> dict[str, Any]:
+    identities = [_identify(path, "dit", "--dit") for path in dits]
+    configs = [identity.config for identity in identities]
+    if any(config != configs[0] for config in configs):
+        raise T3Error(
+            f"the two --dit files differ in shape ({identities[0].model}, {identities[1].model}): they are no experts "
+            "of one model."
+        )
+    config = configs[0]
+    assert config is not None
+    is_i2v = config["in_channels"] > config["out_channels"]
+    return {
+        "name": identities[0].model,
+        "transformer": config,
+        "dits": tuple(dits),
+        "identities": identities,
+        "experts": len(dits),
+        "boundary": BOUNDARY[is_i2v] if len(dits) == 2 else None,
+    }
+
+
+def _identify(path: Path, component: str, option: str) -> Identity:
+    found = identify(open_weights(path))
+    require(found, component, option)
+    return found
+
+
+def _adapter(text: str, option: str, width: int) -> Adapter:
+    path, strength = _split_strength(text, option)
+    identity = identify(open_weights(_existing(str(path), option)))
+    if identity.component != "dit":
+        problem = identity.problem or f"it is {identity.component}, {identity.form}"
+        raise T3Error(f"{option} {path} cannot be applied to a Wan transformer: {problem}")
+    if identity.problem:
+        raise T3Error(f"{option} {path}: {identity.problem}")
+    if identity.width is not None and identity.width != width:
+        raise T3Error(
+            f"{option} {path} is for a transformer {identity.width} wide ({identity.model}); "
+            f"the one to be loaded is {width} wide. Use weights made for this model."
+        )
+    return Adapter(path, strength, identity)
+
+
+def _split_strength(text: str, option: str) -> tuple[Path, float]:
+    """`FILE` or `FILE:STRENGTH`; a colon that belongs to the path (a Windows drive) is left alone."""
+    head, colon, tail = text.rpartition(":")
+    if colon and head and not Path(text).exists():
+        try:
+            return Path(head), float(tail)
+        except ValueError:
+            if Path(head).exists():
+                raise T3Error(f"{option} {text}: the strength {tail!r} is not a number.") from None
+    return Path(text), 1.0
+
+
+def _existing(path: str, option: str) -> Path:
+    if not Path(path).exists():
+        raise T3Error(f"{option} {path}: no such file or folder.")
+    return Path(path)
+
+
+def _read_json(path: Path, otherwise: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise T3Error(f"{otherwise}: {path.name} is missing from {path.parent}.") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise T3Error(f"{path} is not JSON ({error}); the folder is damaged.") from None
+    if not isinstance(content, dict):
+        raise T3Error(f"{path} does not hold a JSON object; the folder is damaged.")
+    return content
+
+
+def resolve_plan(text: str, sources: Sources) -> tuple[Plan, str]:
+    """The plan that `--plan` names, and why: `auto`, a preset's name, or the path of a plan's JSON file.
+
+    `auto` is the plan the weights carry, or else the released one for the model's kind of latents.
+    """
+    if text == "auto":
+        if sources.plan_json:
+            return Plan.from_json(sources.plan_json), "carried by the weights"
+        plan = Plan.for_latent_channels(sources.latent_channels)
+        return plan, f"the released plan for models of {sources.latent_channels}-channel latents"
+    path = Path(text)
+    if path.suffix.lower() == ".json" or path.is_file():
+        try:
+            content = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise T3Error(f"--plan {text} cannot be read: {error}.") from None
+        try:
+            return Plan.from_json(content), f"from {path}"
+        except T3Error as error:
+            raise T3Error(f"--plan {text}: {error}") from None
+    return Plan.preset(text), "as asked"

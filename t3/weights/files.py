@@ -1,0 +1,191 @@
+"""One view of weights on disk: a safetensors file, an index with its shards, or a folder of either."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import T3Error
+from .header import TensorInfo, read_header
+from .scales import companion_of, is_companion, unscale
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX_SUFFIX = ".safetensors.index.json"
+FOLDER_NAMES = ("diffusion_pytorch_model", "model", "adapter_model", "pytorch_lora_weights")
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors$")
+
+
+class WeightFile:
+    """Names, shapes and tensors of one set of weights. Opening reads headers only; `read` maps one tensor.
+
+    Attributes:
+        path: what the user named (a file, an index or a folder).
+        metadata: the safetensors metadata of all shards, merged.
+        nbytes: bytes of tensor data, all shards.
+    """
+
+    def __init__(self, path: Path, shards: list[Path]) -> None:
+        self.path = path
+        self.shards = shards
+        self.metadata: dict[str, str] = {}
+        self._where: dict[str, Path] = {}
+        self._info: dict[str, TensorInfo] = {}
+        self._handles: dict[Path, Any] = {}
+        for shard in shards:
+            header = read_header(shard)
+            for key, info in header.tensors.items():
+                if key in self._where:
+                    raise T3Error(f"{path}: {key!r} is in both {self._where[key].name} and {shard.name}. Remove one.")
+                self._where[key] = shard
+                self._info[key] = info
+            self.metadata.update(header.metadata)
+        if not self._info:
+            raise T3Error(f"{path} holds no tensors.")
+        self.nbytes = sum(info.nbytes for info in self._info.values())
+
+    def keys(self) -> list[str]:
+        """Every tensor name, in file order, scale companions included."""
+        return list(self._info)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._info)
+
+    def companions(self) -> list[str]:
+        """Names that only describe another tensor's number format; `read` has already used them."""
+        return [key for key in self._info if is_companion(key, self)]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._info
+
+    def __len__(self) -> int:
+        return len(self._info)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of one tensor. Raises KeyError for an unknown name."""
+        return self._info[key].shape
+
+    def dtype(self, key: str) -> str:
+        """The safetensors name of a tensor's data type on disk ("BF16", "F8_E4M3", ...)."""
+        return self._info[key].dtype
+
+    def sibling_config(self) -> dict[str, Any]:
+        """The diffusers or transformers `config.json` beside the weights, or an empty dict."""
+        folder = self.path if self.path.is_dir() else self.path.parent
+        return _json_or_empty(folder / "config.json")
+
+    def sibling(self, name: str) -> dict[str, Any]:
+        """Another JSON file beside the weights (`adapter_config.json`), or an empty dict."""
+        folder = self.path if self.path.is_dir() else self.path.parent
+        return _json_or_empty(folder / name)
+
+    def read_raw(self, key: str) -> torch.Tensor:
+        """One tensor exactly as stored, on the CPU, mapped from the file (copy-on-write)."""
+        shard = self._where[key]
+        if shard not in self._handles:
+            from safetensors import SafetensorError, safe_open
+
+            try:
+                self._handles[shard] = safe_open(str(shard), framework="pt", device="cpu")
+            except (SafetensorError, OSError) as error:
+                raise T3Error(f"Cannot read {shard}: {error}.") from error
+        return self._handles[shard].get_tensor(key)
+
+    def read(self, key: str) -> torch.Tensor:
+        """One tensor on the CPU; a scaled fp8 weight comes back as float32 `weight * scale`.
+
+        Raises:
+            KeyError: no such tensor.
+            T3Error: the tensor is quantised in a format that is not read here.
+        """
+        tensor = self.read_raw(key)
+        scale = companion_of(key, self)
+        return tensor if scale is None else unscale(self, key, tensor, scale)
+
+    def close(self) -> None:
+        """Forget the open handles. Tensors already read stay valid."""
+        self._handles.clear()
+
+
+def _json_or_empty(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _shards_of_index(index: Path) -> list[Path]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise T3Error(f"{index} is not a safetensors index: it has no readable `weight_map`.") from error
+    outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    if outside:
+        raise T3Error(f"{index} names shards outside of its own folder ({outside[0]!r}). Refused.")
+    _require_all(index, [index.parent / name for name in names])
+    shards = [index.parent / name for name in names]
+    present = {key for shard in shards for key in read_header(shard).tensors}
+    absent = [key for key in weight_map if key not in present]
+    if absent:
+        raise T3Error(
+            f"{index} promises {len(absent)} tensors its shards do not hold, first {absent[0]!r}. Download them again."
+        )
+    return shards
+
+
+def _require_all(what: Path, shards: list[Path]) -> None:
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if missing:
+        raise T3Error(f"{what}: {len(missing)} of {len(shards)} shards are missing: {', '.join(missing)}.")
+
+
+def _shards_of_folder(folder: Path) -> list[Path]:
+    indexes = sorted(folder.glob("*" + INDEX_SUFFIX))
+    if len(indexes) == 1:
+        return _shards_of_index(indexes[0])
+    if indexes:
+        names = ", ".join(index.name for index in indexes)
+        raise T3Error(f"{folder} holds {len(indexes)} indexes ({names}). Name the one you mean.")
+    for name in FOLDER_NAMES:
+        if (folder / f"{name}.safetensors").is_file():
+            return [folder / f"{name}.safetensors"]
+    files = sorted(folder.glob("*.safetensors"))
+    numbered = {(m["stem"], int(m["count"])) for file in files if (m := _SHARD.match(file.name))}
+    if len(numbered) == 1:
+        stem, count = numbered.pop()
+        shards = [folder / f"{stem}-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+        _require_all(folder, shards)
+        return shards
+    if len(files) == 1:
+        return files
+    if files:
+        listed = ", ".join(file.name for file in files[:4])
+        raise T3Error(f"{folder} holds {len(files)} safetensors files ({listed}, ...). Name the one you mean.")
+    raise T3Error(f"{folder} holds no .safetensors file. Give the file or the folder that does.")
+
+
+def open_weights(path: str | Path) -> WeightFile:
+    """Open a .safetensors file, a `*.safetensors.index.json`, or a folder that holds one set of weights.
+
+    Only headers are read. Raises T3Error when the path is missing, ambiguous, damaged, or of another format.
+    """
+    place = Path(path).expanduser()
+    if not place.exists():
+        raise T3Error(f"{place} does not exist. Give a .safetensors file or a folder that holds one.")
+    if place.is_dir():
+        return WeightFile(place, _shards_of_folder(place))
+    if place.name.endswith(INDEX_SUFFIX):
+        return WeightFile(place, _shards_of_index(place))
+    if place.suffix.lower() == ".safetensors" and (match := _SHARD.match(place.name)):
+        # One shard alone would load as a broken model; the user means the whole set.
+        stem, count = match["stem"], int(match["count"])
+        shards = [place.with_name(f"{stem}-{n:05d}-of-{count:05d}.safetensors") for n in range(1, count + 1)]
+        _require_all(place, shards)
+        return WeightFile(place, shards)
+    return WeightFile(place, [place])

@@ -1,0 +1,77 @@
+"""Scaled fp8 weights as ComfyUI stores them: a low-precision tensor and a companion that scales it back.
+
+Two spellings are in use (facts from ComfyUI 0.30's loader): `X.scale_weight` with a global `scaled_fp8` marker, and
+`X.weight_scale` with a per-layer `X.comfy_quant` JSON or a `_quantization_metadata` entry in the file's metadata.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from ..errors import T3Error
+
+if TYPE_CHECKING:
+    import torch
+
+    from .files import WeightFile
+
+WEIGHT_SCALES = ("scale_weight", "weight_scale")
+OTHER_COMPANIONS = ("scale_input", "input_scale", "comfy_quant", "weight_scale_2", "pre_quant_scale")
+READABLE_FORMATS = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
+
+
+def is_companion(key: str, file: WeightFile) -> bool:
+    """Whether a tensor only describes how another one is stored."""
+    stem, _, last = key.rpartition(".")
+    if last == "scaled_fp8":
+        return True
+    return last in (*WEIGHT_SCALES, *OTHER_COMPANIONS) and f"{stem}.weight" in file
+
+
+def companion_of(key: str, file: WeightFile) -> str | None:
+    """The name of the tensor that scales `key` back to real numbers, if the file has one."""
+    stem, _, last = key.rpartition(".")
+    if last != "weight":
+        return None
+    return next((name for scale in WEIGHT_SCALES if (name := f"{stem}.{scale}") in file), None)
+
+
+def _declared_format(file: WeightFile, key: str) -> str | None:
+    stem = key.rpartition(".")[0]
+    try:
+        if f"{stem}.comfy_quant" in file:
+            layer: Any = json.loads(bytes(file.read_raw(f"{stem}.comfy_quant").tolist()))
+        else:
+            layer = json.loads(file.metadata.get("_quantization_metadata", "{}")).get("layers", {}).get(stem)
+        return None if layer is None else str(layer["format"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise T3Error(f"{file.path}: the quantisation note of {key!r} cannot be read.") from error
+
+
+def unscale(file: WeightFile, key: str, weight: torch.Tensor, scale_key: str) -> torch.Tensor:
+    """float32 `weight * scale`; the scale is one number or one per output row.
+
+    Raises T3Error for formats whose bytes are not plain fp8 (nvfp4, mxfp8, rotated int8, ...).
+    """
+    import torch
+
+    declared = _declared_format(file, key)
+    stored = file.dtype(key)
+    if declared in READABLE_FORMATS and stored == "U8":  # older writers stored the fp8 bytes as uint8
+        weight = weight.view(getattr(torch, declared))
+        stored = READABLE_FORMATS[declared]
+    if stored not in READABLE_FORMATS.values() or (declared is not None and declared not in READABLE_FORMATS):
+        raise T3Error(
+            f"{file.path}: {key!r} is quantised as {declared or stored}, which is not read here. "
+            "Use the bf16, fp16 or scaled-fp8 version of these weights."
+        )
+    scale = file.read_raw(scale_key)
+    rows = weight.shape[0] if weight.ndim else 1
+    if scale.numel() not in (1, rows) or not scale.is_floating_point() or scale.dtype.itemsize == 1:
+        raise T3Error(
+            f"{file.path}: {scale_key!r} has shape {list(scale.shape)}; a scale is one number or one per output row "
+            f"({rows})."
+        )
+    factor = scale.float().reshape(()) if scale.numel() == 1 else scale.float().reshape(-1, *[1] * (weight.ndim - 1))
+    return weight.float() * factor

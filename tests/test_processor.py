@@ -1,0 +1,190 @@
+"""T3 inside a diffusers Wan transformer: equal to the reference layer by layer, equal to dense where it should be."""
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+
+from t3 import Plan
+from t3.kernels.attention.naive import t3_attention_reference
+from t3.plan import Grid
+from t3.processor import compile_blocks, install_t3
+
+# Windows small enough that tiny grids have several, in every kind of layer.
+PLAN = Plan("small", Grid(2, 8, 12), (("each", 1, 1), (1, 2, 3), (1, 4, 2), (2, 2, 3), (2, 1, 1)))
+SMALL = {"num_attention_heads": 2, "attention_head_dim": 128, "ffn_dim": 256, "num_layers": 5, "text_dim": 32}
+
+
+def transformer(seed=0, **config):
+    torch.manual_seed(seed)
+    model = WanTransformer3DModel(**{**SMALL, **config})
+    for parameter in model.parameters():  # zero-initialised or constant ones would hide mistakes
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, mean=1.0 if "norm" in str(parameter) else 0.0, std=0.5)
+    return model.eval()
+
+
+def inputs(grid=(2, 8, 12), batch=1, channels=16, seed=1, **more):
+    generator = torch.Generator().manual_seed(seed)
+    t, h, w = grid
+    return {
+        "hidden_states": torch.randn(batch, channels, t, 2 * h, 2 * w, generator=generator),
+        "timestep": torch.tensor([500.0] * batch),
+        "encoder_hidden_states": torch.randn(batch, 512, 32, generator=generator),
+        "return_dict": False,
+        **more,
+    }
+
+
+@torch.no_grad()
+def run(model, arguments):
+    return model(**arguments)[0]
+
+
+def rotate(x, rotary):
+    """Rotary embedding as complex multiplication in float64: independent of the processor's way."""
+    cos, sin = (table.double() for table in rotary)
+    turn = torch.complex(cos[..., 0::2], sin[..., 0::2])
+    pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * turn).flatten(-2)
+
+
+def expected_attention(attn, hidden, rotary, grid, partition):
+    """Self-attention of one block in float64, with the reference doing the windows."""
+
+    def linear(layer, x):
+        return x @ layer.weight.double().T + layer.bias.double()
+
+    def rms(layer, x):
+        return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + layer.eps) * layer.weight.double()
+
+    hidden = hidden.double()
+    q, k = rms(attn.norm_q, linear(attn.to_q, hidden)), rms(attn.norm_k, linear(attn.to_k, hidden))
+    q, k, v = (x.unflatten(-1, (attn.heads, -1)) for x in (q, k, linear(attn.to_v, hidden)))
+    out = t3_attention_reference(rotate(q, rotary), rotate(k, rotary), v, grid, partition)
+    return linear(attn.to_out[0], out.flatten(2))
+
+
+@pytest.mark.parametrize("grid", [(2, 8, 12), (3, 5, 7), (1, 6, 6)])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_every_layer_equals_the_reference(grid, batch):
+    model = transformer()
+    install_t3(model, PLAN)
+    seen = []
+
+    def record(attn, args, output):
+        seen.append((attn, args[0], args[3], output))
+
+    hooks = [block.attn1.register_forward_hook(record) for block in model.blocks]
+    run(model, inputs(grid, batch))
+    for hook in hooks:
+        hook.remove()
+    assert len(seen) == 5
+    for layer, (attn, hidden, rotary, output) in enumerate(seen):
+        expected = expected_attention(attn, hidden, rotary, grid, PLAN.partition(layer, grid))
+        # float32 with unit roundoff 6e-8; each value sums 256 products twice over
+        assert ((output.double() - expected).norm() / expected.norm()).item() < 2e-6
+
+
+def test_differs_from_dense_and_is_dense_where_the_plan_says_so():
+    model = transformer()
+    arguments = inputs()
+    dense = run(model, arguments)
+    installed = install_t3(model, PLAN)
+    with_t3 = run(model, arguments)
+    assert ((with_t3 - dense).norm() / dense.norm()).item() > 1e-3
+    installed.remove()
+    assert torch.equal(run(model, arguments), dense)
+    install_t3(model, Plan.preset("dense"), backend="sdpa")
+    assert torch.equal(run(model, arguments), dense)
+
+
+def test_only_the_layers_with_windows_change():
+    """Up to the first windowed layer, every block's output is bit for bit that of dense attention."""
+    model, arguments = transformer(), inputs()
+    mixed = Plan("mixed", Grid(2, 8, 12), ((1, 1, 1), (1, 1, 1), (1, 2, 3), (1, 1, 1), (1, 1, 1)))
+
+    def outputs():
+        found = []
+        hooks = [block.register_forward_hook(lambda m, a, out: found.append(out)) for block in model.blocks]
+        run(model, arguments)
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    dense = outputs()
+    install_t3(model, mixed, backend="sdpa")
+    windowed = outputs()
+    assert [torch.equal(a, b) for a, b in zip(dense, windowed, strict=True)] == [True, True, False, False, False]
+
+
+def test_any_size_without_installing_again():
+    model, again = transformer(), transformer()
+    install_t3(model, PLAN)
+    for grid in ((2, 8, 12), (3, 5, 7), (2, 8, 12)):
+        installed = install_t3(again, PLAN)
+        assert torch.equal(run(model, inputs(grid)), run(again, inputs(grid)))
+        installed.remove()
+
+
+def test_memory_bound_and_backend_change_nothing_that_matters():
+    model, arguments = transformer(), inputs((3, 5, 7), 2)
+    installed = install_t3(model, PLAN)
+    plain = run(model, arguments)
+    installed.remove()
+    installed = install_t3(model, PLAN, memory=600_000)
+    assert torch.equal(run(model, arguments), plain)
+    installed.remove()
+    install_t3(model, PLAN, backend="sdpa-math")
+    # Five layers of float32 attention by two kernels that round differently.
+    assert ((run(model, arguments) - plain).norm() / plain.norm()).item() < 1e-5
+
+
+def test_batch_of_two_equals_two_alone():
+    model, arguments = transformer(), inputs((3, 5, 7), 2)
+    install_t3(model, PLAN)
+    both = run(model, arguments)
+    for i in range(2):
+        alone = {k: v[i : i + 1] if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+        assert ((run(model, alone)[0] - both[i]).norm() / both[i].norm()).item() < 1e-5
+
+
+def test_fused_projections_and_diffusers_backends():
+    model, arguments = transformer(), inputs()
+    install_t3(model, PLAN)
+    plain = run(model, arguments)
+    model.set_attention_backend("native")
+    assert ((run(model, arguments) - plain).norm() / plain.norm()).item() < 1e-5
+    model.fuse_qkv_projections()
+    assert ((run(model, arguments) - plain).norm() / plain.norm()).item() < 1e-5
+
+
+def test_timesteps_per_token_and_image_to_video():
+    per_token = transformer()
+    install_t3(per_token, PLAN)
+    arguments = inputs()
+    plain = run(per_token, arguments)
+    arguments["timestep"] = torch.full((1, 2 * 8 * 12), 500.0)
+    assert ((run(per_token, arguments) - plain).norm() / plain.norm()).item() < 1e-5
+    i2v = transformer(in_channels=36, image_dim=1280, added_kv_proj_dim=256)
+    dense = run(i2v, image_arguments := inputs(channels=36, encoder_hidden_states_image=torch.randn(1, 257, 1280)))
+    install_t3(i2v, PLAN)
+    out = run(i2v, image_arguments)
+    assert out.shape == dense.shape and torch.isfinite(out).all()
+    assert ((out - dense).norm() / dense.norm()).item() > 1e-3
+
+
+def test_gradients_flow():
+    model = transformer()
+    install_t3(model, PLAN)
+    model(**inputs())[0].square().mean().backward()
+    gradients = [block.attn1.to_q.weight.grad for block in model.blocks]
+    assert all(g is not None and torch.isfinite(g).all() and g.abs().max() > 0 for g in gradients)
+
+
+def test_blocks_compile_without_a_graph_break():
+    torch._dynamo.reset()
+    model, arguments = transformer(), inputs((3, 5, 7))
+    install_t3(model, PLAN, backend="sdpa")
+    plain = run(model, arguments)
+    compile_blocks(model, PLAN, backend="aot_eager")
+    assert ((run(model, arguments) - plain).norm() / plain.norm()).item() < 1e-5
