@@ -12,7 +12,8 @@ from typing import Any
 from . import __version__, cli
 from .embedded import NOTICE
 from .errors import T3Error
-from .jobs import Options, make_jobs, run_jobs
+from .images import load_image
+from .jobs import Job, Options, make_jobs, run_jobs
 from .plan import Grid, Plan
 from .report import fact_lines, run_facts
 from .sources import Sources, find_sources, resolve_plan
@@ -133,7 +134,6 @@ def settle(args: argparse.Namespace) -> tuple[Sources, Plan, str, Grid]:
         args.prompt = EMBEDDED_PROMPT
     _check_numbers(args)
     grid = Grid.from_video(args.frames, args.height, args.width, sources.pixels_per_token)
-    _check_images(args, sources)
     plan, reason = resolve_plan(args.plan, sources)
     return sources, plan, reason, grid
 
@@ -151,18 +151,25 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise T3Error(f"--attention-memory is {args.attention_memory:g} GiB; use more than 0.")
 
 
-def _check_images(args: argparse.Namespace, sources: Sources) -> None:
-    for option, path in (("--image", args.image), ("--last-image", args.last_image)):
-        if path is not None and not path.is_file():
-            raise T3Error(f"{option} {path}: no such file.")
-    if args.last_image and not args.image:
-        raise T3Error("--last-image needs --image too.")
-    if args.image and not sources.takes_image:
-        raise T3Error(f"{sources.name} is a text-to-video model and takes no --image. Use an I2V model or Wan2.2 5B.")
-    if args.last_image and not sources.needs_image:
-        raise T3Error(f"{sources.name} takes no --last-image. Use a first-and-last-frame or I2V model.")
-    if sources.needs_image and not args.image and not args.prompts:
-        raise T3Error(f"{sources.name} is an image-to-video model: give --image.")
+def _check_images(jobs: list[Job], sources: Sources) -> None:
+    """Raise `T3Error` for a clip whose images this model does not take, lacks, or that cannot be read."""
+    both = sources.transformer.get("pos_embed_seq_len") is not None  # trained on first and last frame together
+    seen: set[Path] = set()
+    for job in jobs:
+        image, last = job.clip.image, job.clip.last_image
+        if last and not image:
+            raise T3Error("--last-image needs --image too.")
+        if image and not sources.takes_image:
+            raise T3Error(f"{sources.name} is a text-to-video model and takes no image. Use an I2V model or Wan2.2 5B.")
+        if last and not sources.needs_image:
+            raise T3Error(f"{sources.name} takes no --last-image. Use a first-and-last-frame or I2V model.")
+        if sources.needs_image and not image:
+            raise T3Error(f"{sources.name} is an image-to-video model and {job.name!r} has no image: give --image.")
+        if both and not last:
+            raise T3Error(f"{sources.name} starts from a first and a last frame: give --last-image too.")
+        for path in {path for path in (image, last) if path} - seen:
+            load_image(path, job.clip.height, job.clip.width)
+            seen.add(path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -174,9 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _generate(args: argparse.Namespace) -> int:
     sources, plan, reason, grid = settle(args)
     jobs, done = make_jobs(args)
-    for job in jobs:
-        if sources.needs_image and job.clip.image is None:
-            raise T3Error(f'prompt {job.name!r} has no image and {sources.name} needs one: give --image or "image".')
+    _check_images(jobs, sources)
     passes = args.steps * (2 if args.cfg > 1 else 1)
     dtype = args.dtype if args.dtype != "auto" else "fp32" if sources.embedded else "bf16"
     facts = run_facts(sources, plan, reason, grid, dtype, passes)
@@ -214,7 +219,13 @@ def _sample_all(args, sources: Sources, plan: Plan, grid: Grid, jobs: list, resu
         )
         engine = Engine.load(sources, plan, options, grid, cli.say)
     cli.say(f"backend    {engine.backend_why}")
-    settings = {"model": sources.name, "plan": json.loads(plan.to_json()), "shift": args.shift, "dtype": engine.dtype}
+    settings = {
+        "model": sources.name,
+        "files": sources.fingerprint(),
+        "plan": json.loads(plan.to_json()),
+        "shift": args.shift,
+        "dtype": engine.dtype,
+    }
     clips = run_jobs(engine, jobs, args, settings, watch)
     failed = [clip for clip in clips if clip["status"] != "done"]
     result.update(

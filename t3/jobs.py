@@ -186,7 +186,7 @@ def _run(engine: Engine, job: Job, args: argparse.Namespace, settings: dict[str,
     metadata = {"t3": {**settings, **_plain(asdict(job.clip)), "fps": args.fps}}
     # Until the clip is written its latents are on disk: whatever happens to the decode, the sampling is not lost.
     stored = job.latents or _rescue_path(job, metadata)
-    latents = _stored_latents(stored, metadata)
+    latents = None if args.overwrite else _stored_latents(stored, metadata)
     if latents is None:
         with watch.stage("sample"):
             latents = engine.sample(job.clip)

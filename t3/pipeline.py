@@ -13,13 +13,13 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from PIL import Image, ImageOps
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from .backends import Situation, choose
 from .cost import ModelShape, model_cost
 from .embedded import ensure_embedded
 from .errors import T3Error
+from .images import load_image
 from .jobs import Clip, Options
 from .plan import Grid, Plan
 from .processor import T3Installation, compile_blocks, install_t3
@@ -155,19 +155,6 @@ def pick_dtype(name: str, device: torch.device) -> str:
     if name not in DTYPES:
         raise T3Error(f"unknown dtype {name!r}; use auto, {', '.join(DTYPES)}.")
     return name
-
-
-def load_image(path: Path, height: int, width: int) -> Image.Image:
-    """An image as RGB, scaled and cropped about its centre to `height` x `width`. Raises `T3Error` if unreadable."""
-    try:
-        with Image.open(path) as image:
-            return ImageOps.fit(
-                ImageOps.exif_transpose(image).convert("RGB"), (width, height), Image.Resampling.LANCZOS
-            )
-    except FileNotFoundError:
-        raise T3Error(f"--image {path}: no such file.") from None
-    except OSError as error:
-        raise T3Error(f"--image {path} cannot be read as an image: {error}.") from None
 
 
 def _load_transformers(sources: Sources, dtype: torch.dtype, say: Say) -> list[WanTransformer3DModel]:

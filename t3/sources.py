@@ -100,6 +100,15 @@ class Sources:
     def needs_image_encoder(self) -> bool:
         return self.transformer.get("image_dim") is not None
 
+    def fingerprint(self) -> list[list]:
+        """Path, size and time of change of every file that decides what is sampled, and strengths: equal when the
+        weights are."""
+        files = [(path, 1.0) for path in (*self.dits, self.text_encoder) if path]
+        files += [(adapter.path, adapter.strength) for adapter in (*self.t3_weights, *self.loras)]
+        if self.folder:
+            files += [(path, 1.0) for path in sorted(self.folder.glob("transformer*/*.safetensors"))]
+        return [[str(path), path.stat().st_size, path.stat().st_mtime_ns, strength] for path, strength in files]
+
     def describe(self) -> list[str]:
         """What would be loaded, a line each."""
         if self.embedded:

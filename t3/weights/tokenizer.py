@@ -1,15 +1,11 @@
 """umT5's tokenizer from `tokenizer.json`, `spiece.model`, or the SentencePiece model inside a ComfyUI file.
 
-The SentencePiece model is read here (a protocol-buffer file with a handful of fields we need) rather than through
-transformers' T5 class, which fixes the unknown token at id 2 and byte fallback off; umT5 has neither.
-Field numbers: https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
+The SentencePiece model is turned into a fast tokenizer here rather than by transformers' T5 class, which fixes the
+unknown token at id 2 and byte fallback off; umT5 has neither.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,78 +17,6 @@ if TYPE_CHECKING:
 
 EMBEDDED = "spiece_model"
 FILES = ("tokenizer.json", "spiece.model")
-_UNIGRAM = 1
-_USER_DEFINED = 4
-
-
-@dataclass
-class SentencePiece:
-    """The parts of a SentencePiece model that decide how text becomes ids."""
-
-    pieces: list[tuple[str, float]] = field(default_factory=list)
-    user_defined: list[str] = field(default_factory=list)
-    charsmap: bytes = b""
-    model_type: int = _UNIGRAM
-    unknown: int = 0
-    byte_fallback: bool = False
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 0x80:
-            return value, at
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Field number and value of each entry of one protocol-buffer message; fixed-width values as raw bytes."""
-    at = 0
-    while at < len(data):
-        tag, at = _varint(data, at)
-        kind = tag & 7
-        if kind == 0:
-            value, at = _varint(data, at)
-            yield tag >> 3, value
-            continue
-        if kind == 2:
-            size, at = _varint(data, at)
-        elif kind in (1, 5):
-            size = 8 if kind == 1 else 4
-        else:
-            raise ValueError(f"wire type {kind}")
-        if at + size > len(data):
-            raise ValueError("truncated")
-        yield tag >> 3, data[at : at + size]
-        at += size
-
-
-def parse_sentencepiece(data: bytes) -> SentencePiece:
-    """Parse a serialized SentencePiece model. Raises ValueError or IndexError when it is none."""
-    model = SentencePiece()
-    for number, value in _fields(data):
-        if not isinstance(value, bytes):
-            continue
-        if number == 1:  # pieces
-            entry = dict(_fields(value))
-            score = entry.get(2, b"\0\0\0\0")
-            piece = entry[1].decode("utf-8") if isinstance(entry.get(1), bytes) else ""  # type: ignore[union-attr]
-            model.pieces.append((piece, struct.unpack("<f", score)[0] if isinstance(score, bytes) else 0.0))
-            if entry.get(3) == _USER_DEFINED:
-                model.user_defined.append(piece)
-        elif number == 2:  # trainer_spec
-            spec = dict(_fields(value))
-            model.model_type = int(spec.get(3, _UNIGRAM))
-            model.unknown = int(spec.get(40, 0))
-            model.byte_fallback = bool(spec.get(35, 0))
-        elif number == 3:  # normalizer_spec
-            charsmap = dict(_fields(value)).get(2, b"")
-            model.charsmap = charsmap if isinstance(charsmap, bytes) else b""
-    if not model.pieces:
-        raise ValueError("no pieces")
-    return model
 
 
 def tokenizer_from_sentencepiece(data: bytes, source: str) -> PreTrainedTokenizerFast:
@@ -100,12 +24,19 @@ def tokenizer_from_sentencepiece(data: bytes, source: str) -> PreTrainedTokenize
 
     Raises T3Error when the bytes are no unigram model with `<pad>`, `</s>` and `<unk>`.
     """
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2 as proto
+
+    model = proto.ModelProto()
     try:
-        model = parse_sentencepiece(data)
-    except (ValueError, IndexError, KeyError, TypeError, struct.error) as error:
+        model.ParseFromString(data)
+    except DecodeError as error:
         raise T3Error(f"{source} is no SentencePiece model ({error}). Pass --tokenizer FOLDER with umT5's.") from error
-    names = {piece for piece, _ in model.pieces}
-    if model.model_type != _UNIGRAM or not {"<pad>", "</s>"} <= names or model.unknown >= len(model.pieces):
+    pieces = [(entry.piece, entry.score) for entry in model.pieces]
+    names = {piece for piece, _ in pieces}
+    unknown = model.trainer_spec.unk_id
+    unigram = model.trainer_spec.model_type == proto.TrainerSpec.UNIGRAM
+    if not unigram or not {"<pad>", "</s>"} <= names or unknown >= len(pieces):
         raise T3Error(
             f"{source} is no T5 tokenizer (unigram with <pad> and </s>). Pass --tokenizer FOLDER with umT5's."
         )
@@ -113,9 +44,9 @@ def tokenizer_from_sentencepiece(data: bytes, source: str) -> PreTrainedTokenize
     from tokenizers.models import Unigram
     from transformers import PreTrainedTokenizerFast
 
-    backend = Tokenizer(Unigram(model.pieces, unk_id=model.unknown, byte_fallback=model.byte_fallback))
-    if model.charsmap:
-        backend.normalizer = normalizers.Precompiled(model.charsmap)
+    backend = Tokenizer(Unigram(pieces, unk_id=unknown, byte_fallback=model.trainer_spec.byte_fallback))
+    if charsmap := model.normalizer_spec.precompiled_charsmap:
+        backend.normalizer = normalizers.Precompiled(charsmap)
     # SentencePiece trims and joins white space, and starts every text with the word mark.
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")]
@@ -123,15 +54,16 @@ def tokenizer_from_sentencepiece(data: bytes, source: str) -> PreTrainedTokenize
     backend.decoder = decoders.Sequence(
         [decoders.ByteFallback(), decoders.Metaspace(replacement="▁", prepend_scheme="always")]
     )
-    if model.user_defined:
-        backend.add_tokens([AddedToken(piece, normalized=False) for piece in model.user_defined])
+    user_defined = [entry.piece for entry in model.pieces if entry.type == proto.ModelProto.SentencePiece.USER_DEFINED]
+    if user_defined:
+        backend.add_tokens([AddedToken(piece, normalized=False) for piece in user_defined])
     end = backend.token_to_id("</s>")
     backend.post_processor = processors.TemplateProcessing(single=["$A", "</s>"], special_tokens=[("</s>", end)])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token="</s>",
         pad_token="<pad>",
-        unk_token=model.pieces[model.unknown][0],
+        unk_token=pieces[unknown][0],
     )
 
 
