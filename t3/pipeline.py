@@ -64,6 +64,7 @@ class Engine:
         )
         engine.backend = chosen.name
         for transformer in transformers:
+            transformer.register_forward_hook(_velocity_in_float32)
             if dtype == "fp8":
                 transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=compute)
             engine.installations.append(install_t3(transformer, plan, backend=chosen, memory=options.attention_memory))
@@ -247,6 +248,11 @@ def _image_encoder(sources: Sources, folder: Path | None, dtype: torch.dtype) ->
         "image_encoder": _part(CLIPVisionModel, source.parent, source.name, dtype),
         "image_processor": CLIPImageProcessor.from_pretrained(processor) if processor else CLIPImageProcessor(),
     }
+
+
+def _velocity_in_float32(module: Any, args: Any, output: Any) -> Any:
+    """Forward hook: the pipeline forms guidance in the dtype it gets, and the step after it is taken in float32."""
+    return tuple(x.float() for x in output) if isinstance(output, tuple) else output
 
 
 def _label_progress(pipe: Any) -> None:
