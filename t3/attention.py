@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from .backends import Backend, Situation, choose
+from .backends import BACKENDS, Backend, Situation, choose
 from .errors import T3Error
 from .plan import Grid, Partition
 from .windows import groupings, window_indices
@@ -78,7 +78,7 @@ def _attend_windows(inside, outside, index, branch, backend, scale, memory) -> N
         if outside:
             shared = [x[:, None, :, some].expand(-1, count, -1, -1, -1) for x in outside]
             taken[1:] = [torch.cat(pair, dim=2) for pair in zip(taken[1:], shared, strict=True)]
-        attended = backend.attend(*(x.flatten(0, 1) for x in taken), scale)
+        attended = _attend(backend, scale, *(x.flatten(0, 1) for x in taken))
         attended = attended.unflatten(0, (batch, count)).flatten(1, 2)
         target = out[:, :, some]
         if branch:
@@ -91,8 +91,15 @@ def _attend_all(q, k, v, backend, scale, memory) -> torch.Tensor:
     """Dense attention of all of q over all of k and v, by groups of heads where `memory` asks for it."""
     queries = q.shape[1]
     groups = list(_groups(q, 1, 2 * queries, queries, k.shape[1], backend, memory))
-    parts = [backend.attend(q[:, :, some], k[:, :, some], v[:, :, some], scale) for _, some in groups]
+    parts = [_attend(backend, scale, q[:, :, some], k[:, :, some], v[:, :, some]) for _, some in groups]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _attend(backend, scale, q, k, v) -> torch.Tensor:
+    """Dense attention by `backend`. A single key takes the whole weight in any arithmetic; cuDNN refuses that case."""
+    keys = k.shape[1]
+    backend.check_keys(keys)
+    return (BACKENDS["sdpa-math"] if keys == 1 else backend).attend(q, k, v, scale)
 
 
 def _groups(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
@@ -49,6 +50,7 @@ class Backend:
     strides whose last is 1, and returns q's shape. It must not write to its inputs.
     `exact`: computes in the inputs' precision (no 8-bit steps); only such backends are picked by `auto`.
     `scores`: builds the whole score matrix, so that its memory grows with the square of the window.
+    `keys_multiple`: a function that gives the number that the number of keys must be a multiple of.
     """
 
     name: str
@@ -64,6 +66,16 @@ class Backend:
     differentiable: bool = True
     scores: bool = False
     torch_check: str | None = None
+    keys_multiple: Callable[[], int] | None = None
+
+    def check_keys(self, keys: int) -> None:
+        """Raise `T3Error` if this backend gives wrong results for so many keys."""
+        multiple = self.keys_multiple() if self.keys_multiple else 1
+        if keys % multiple:
+            raise T3Error(
+                f"attention backend {self.name!r}, as installed, is wrong for {keys:,} keys: it needs a multiple of "
+                f"{multiple}. Use another backend, or a plan whose windows have {round(keys / multiple) * multiple:,}."
+            )
 
     def refusal(self, s: Situation) -> str | None:
         """Why this backend cannot serve `s`, or None if it can."""
@@ -134,6 +146,12 @@ def _flash_attn_4(q, k, v, scale):
 
     out = flash_attn_func(q, k, v, softmax_scale=scale)
     return out[0] if isinstance(out, tuple) else out
+
+
+@lru_cache(maxsize=1)
+def _sage_keys_multiple() -> int:
+    """Version 1 reads keys in blocks of 64 and counts the missing ones of the last block as keys of score 0."""
+    return 64 if version("sageattention").startswith("1.") else 1
 
 
 def _sage(q, k, v, scale):
@@ -212,6 +230,7 @@ BACKENDS = {
             package="sageattention",
             exact=False,
             differentiable=False,
+            keys_multiple=_sage_keys_multiple,
         ),
         Backend(
             "comfy-kitchen-int8",

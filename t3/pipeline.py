@@ -63,6 +63,9 @@ class Engine:
             options.backend, Situation(device, compute, sources.transformer["attention_head_dim"])
         )
         engine.backend = chosen.name
+        for partition in set(plan.partitions(grid, shape.layers)):
+            for _, size in partition.window_classes(grid):
+                chosen.check_keys(size)
         for transformer in transformers:
             transformer.register_forward_hook(_velocity_in_float32)
             if dtype == "fp8":

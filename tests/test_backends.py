@@ -82,6 +82,19 @@ def test_auto_order_by_card(monkeypatch):
         assert all(BACKENDS[name].exact for name in auto_order(capability))
 
 
+def test_a_number_of_keys_that_a_backend_gets_wrong_is_refused(monkeypatch):
+    monkeypatch.setattr(backends, "version", lambda package: "1.0.6")
+    backends._sage_keys_multiple.cache_clear()
+    BACKENDS["sage"].check_keys(1_344)
+    with pytest.raises(T3Error, match="'sage'.*wrong for 2,142 keys.*multiple of 64.*have 2,112"):
+        BACKENDS["sage"].check_keys(2_142)
+    monkeypatch.setattr(backends, "version", lambda package: "2.2.0")
+    backends._sage_keys_multiple.cache_clear()
+    BACKENDS["sage"].check_keys(2_142)
+    BACKENDS["sdpa"].check_keys(1)
+    backends._sage_keys_multiple.cache_clear()
+
+
 def test_a_missing_parent_package_is_just_not_installed():
     backends._installed.cache_clear()
     assert not backends._installed("no_such_package_at_all.submodule")
@@ -96,7 +109,8 @@ def test_each_usable_backend_computes_attention(device, name, dtype):
     if reason := backend.refusal(situation):
         pytest.skip(f"{name} is not usable here: {reason}")
     generator = torch.Generator().manual_seed(1)
-    q, k, v = (torch.randn(3, n, 4, 128, generator=generator).to(device, dtype) for n in (70, 133, 133))
+    keys = 192 if backend.keys_multiple and backend.keys_multiple() > 1 else 133
+    q, k, v = (torch.randn(3, n, 4, 128, generator=generator).to(device, dtype) for n in (70, keys, keys))
     before = k.clone()
     out = backend.attend(q, k, v, 128**-0.5)
     truth = dense_attention(q, k, v)

@@ -1,6 +1,7 @@
 """The engine's sampling against the released sampler written out by hand."""
 
 import hashlib
+import itertools
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from t3.sources import find_sources
 
 
 def load(dtype):
-    return Engine.load(find_sources(), Plan.preset("wan2.1-4k"), Options(dtype=dtype, device="cpu"), Grid(2, 4, 6), print)
+    return Engine.load(
+        find_sources(), Plan.preset("wan2.1-4k"), Options(dtype=dtype, device="cpu"), Grid(2, 4, 6), print
+    )
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -28,7 +31,7 @@ def test_noise_levels_guidance_and_steps_are_the_released_ones(tmp_path, dtype, 
 
     latents = torch.randn(1, 16, 2, 8, 12, generator=torch.Generator("cpu").manual_seed(11), dtype=torch.float32)
     levels = [5 * s / (1 + 4 * s) for s in (1 - i / 4 for i in range(4))] + [0.0]
-    for here, there in zip(levels, levels[1:], strict=False):
+    for here, there in itertools.pairwise(levels):
 
         def velocity(text, at=here, x=latents):
             out = transformer(x.to(transformer.dtype), torch.tensor([1000 * at]), text.to(transformer.dtype))
