@@ -38,9 +38,16 @@ def environment(extra: str) -> Path:
         venv.create(folder, with_pip=True)
     print("Installing (a few minutes the first time; torch is large) ...", file=sys.stderr, flush=True)
     install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*install, "-c", ROOT / "constraints.txt", "-e", f"{ROOT}[{extra}]"], check=True)
+    subprocess.run([*install, *which_torch(python), "-e", f"{ROOT}[{extra}]"], check=True)
     stamp.write_text(state)
     return python
+
+
+def which_torch(python: Path) -> list[str]:
+    """pip arguments that keep the torch this environment has, whatever build that is; without one, the tested one."""
+    ask = "from importlib.metadata import version; print(version('torch'))"
+    found = subprocess.run([python, "-c", ask], capture_output=True, text=True)
+    return [f"torch=={found.stdout.strip()}"] if found.returncode == 0 else ["-c", str(ROOT / "constraints.txt")]
 
 
 def test(python: Path, arguments: list[str]) -> int:
