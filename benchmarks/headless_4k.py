@@ -40,17 +40,17 @@ MODELS = {
 SAMPLING = {
     "1.3b": {
         "as it comes": [],
-        "--compile": ["--compile"],
-        "--dtype fp8": ["--dtype", "fp8"],
-        "--offload model": ["--offload", "model"],
-        "--offload group": ["--offload", "group"],
-        "--attention-memory 2": ["--attention-memory", "2"],
+        "compile": ["--compile"],
+        "dtype fp8": ["--dtype", "fp8"],
+        "offload model": ["--offload", "model"],
+        "offload group": ["--offload", "group"],
+        "attention-memory 2": ["--attention-memory", "2"],
     },
     "5b": {
         "as it comes": [],
-        "--compile": ["--compile"],
-        "--offload group": ["--offload", "group"],
-        "--attention-memory 2": ["--attention-memory", "2"],
+        "compile": ["--compile"],
+        "offload group": ["--offload", "group"],
+        "attention-memory 2": ["--attention-memory", "2"],
     },
     "14b": {"as it comes": []},
 }
@@ -164,6 +164,7 @@ def main() -> None:
     results = {"machine": machine(), "rows": {}}
 
     def add(name: str, row: dict) -> None:
+        row["command"] = " ".join(row["command"]).replace(temporary, "...")
         results["rows"][name] = row
         args.out.write_text(json.dumps(results, indent=1))
         print(name, {k: v for k, v in row.items() if k != "command"}, file=sys.stderr, flush=True)
