@@ -81,7 +81,7 @@ class Backend:
         """Why this backend cannot serve `s`, or None if it can."""
         if self.devices and s.device.type not in self.devices:
             return f"needs {' or '.join(self.devices)}, not {s.device.type}"
-        if self.package and not _installed(self.package):
+        if self.package and not installed(self.package):
             return f"the package {self.package} is not installed"
         if self.min_capability:
             if s.capability is None:
@@ -106,7 +106,8 @@ def _dot(capability: tuple[int, int]) -> str:
 
 
 @lru_cache(maxsize=32)
-def _installed(package: str) -> bool:
+def installed(package: str) -> bool:
+    """Whether a package can be found, without importing it (its parents are imported)."""
     try:
         return find_spec(package) is not None
     except (ImportError, ValueError):  # a parent package is missing, or half-initialised

@@ -15,7 +15,7 @@ from diffusers import (
 )
 from transformers import AutoTokenizer, UMT5EncoderModel
 
-from .backends import Situation, choose
+from .backends import Situation, choose, installed
 from .cost import ModelShape, model_cost
 from .embedded import ensure_embedded
 from .errors import T3Error
@@ -66,12 +66,13 @@ class Engine:
         for partition in set(plan.partitions(grid, shape.layers)):
             for _, size in partition.window_classes(grid):
                 chosen.check_keys(size)
+        compiled = options.compile and can_compile(device, say)
         for transformer in transformers:
             transformer.register_forward_hook(_velocity_in_float32)
             if dtype == "fp8":
                 transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=compute)
             engine.installations.append(install_t3(transformer, plan, backend=chosen, memory=options.attention_memory))
-            if options.compile:
+            if compiled:
                 compile_blocks(transformer, plan)
         weights = sources.parameters * (1 if dtype == "fp8" else compute.itemsize)
         activations = model_cost(shape, plan, grid, element=compute.itemsize).activation_bytes
@@ -256,6 +257,14 @@ def _image_encoder(sources: Sources, folder: Path | None, dtype: torch.dtype) ->
 def _velocity_in_float32(module: Any, args: Any, output: Any) -> Any:
     """Forward hook: the pipeline forms guidance in the dtype it gets, and the step after it is taken in float32."""
     return tuple(x.float() for x in output) if isinstance(output, tuple) else output
+
+
+def can_compile(device: torch.device, say: Say) -> bool:
+    """Whether torch.compile can work on this device; if not, `say` is told once why."""
+    if device.type != "cuda" or installed("triton"):
+        return True
+    say("--compile needs Triton on a GPU, and it is not installed; going on without. On Windows: triton-windows.")
+    return False
 
 
 def _label_progress(pipe: Any) -> None:

@@ -61,14 +61,14 @@ def on_card(**changes):
 )
 def test_stated_constraints(monkeypatch, name, situation, words):
     installed = {"sageattention"}
-    monkeypatch.setattr(backends, "_installed", lambda package: package in installed or name == "flash-attn-2")
+    monkeypatch.setattr(backends, "installed", lambda package: package in installed or name == "flash-attn-2")
     monkeypatch.setattr(backends, "_torch_allows", lambda check, s: True)
     reason = BACKENDS[name].refusal(situation)
     assert (reason is None) if words is None else (words in reason)
 
 
 def test_auto_order_by_card(monkeypatch):
-    monkeypatch.setattr(backends, "_installed", lambda package: True)
+    monkeypatch.setattr(backends, "installed", lambda package: True)
     monkeypatch.setattr(backends, "_torch_allows", lambda check, s: True)
     choose.cache_clear()
     assert choose("auto", on_card())[0].name == "sdpa-cudnn"
@@ -96,8 +96,8 @@ def test_a_number_of_keys_that_a_backend_gets_wrong_is_refused(monkeypatch):
 
 
 def test_a_missing_parent_package_is_just_not_installed():
-    backends._installed.cache_clear()
-    assert not backends._installed("no_such_package_at_all.submodule")
+    backends.installed.cache_clear()
+    assert not backends.installed("no_such_package_at_all.submodule")
 
 
 @pytest.mark.parametrize("name", list(BACKENDS))

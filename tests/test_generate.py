@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from t3 import decode, generate, jobs
+from t3 import decode, generate, jobs, pipeline
 from t3.embedded import ensure_embedded
 from t3.latents import load_latents
 
@@ -437,3 +437,12 @@ def test_everything_runs_without_triton(tmp_path):
     done = python("-c", code, *TINY, "--out", "clip.mp4", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert frames_of(tmp_path / "clip.mp4").shape == (5, 64, 96, 3)
+
+
+def test_compile_without_triton_is_told_and_left_out(monkeypatch):
+    monkeypatch.setattr(pipeline, "installed", lambda package: package != "triton")
+    said = []
+    assert not pipeline.can_compile(torch.device("cuda"), said.append)
+    assert len(said) == 1 and "Triton" in said[0]
+    assert pipeline.can_compile(torch.device("cpu"), said.append)
+    assert len(said) == 1
