@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .attention import T3Attention
+
 
 class T3Extension(ComfyExtension):
     """The pack's nodes, in the order ComfyUI lists them."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return []
+        return [T3Attention]
 
 
 async def comfy_entrypoint() -> T3Extension:

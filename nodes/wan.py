@@ -1,0 +1,131 @@
+"""What ComfyUI's Wan models look like to windowed attention: which blocks, and where the video lies in the tokens.
+
+Everything here was read from the host's own model code (`comfy/ldm/wan`); each layout names what it follows. The number
+of tokens is checked again where attention runs: if the host puts them elsewhere, that model runs dense and says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..t3 import Grid
+from ..t3.errors import T3Error
+
+Conds = Mapping[str, Any]
+PREFIX = "diffusion_model."
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the video's grid lies in the token sequence: `prefix` tokens, the grid, `suffix` tokens.
+
+    `suffix` is None where the host appends tokens in ways not worth repeating here: then all that follows the grid is.
+    """
+
+    grid: Grid
+    prefix: int = 0
+    suffix: int | None = 0
+
+    def fits(self, tokens: int) -> bool:
+        """Whether a sequence of `tokens` can have this layout."""
+        rest = tokens - self.prefix - self.grid.tokens
+        return rest >= 0 if self.suffix is None else rest == self.suffix
+
+
+def _grid(latent: torch.Tensor, patch: tuple[int, int, int]) -> Grid:
+    """The grid of `[B, C, T, H, W]` latents, which the host pads up to whole patches."""
+    return Grid(*(math.ceil(n / p) for n, p in zip(latent.shape[2:], patch, strict=True)))
+
+
+def _tokens(latent: torch.Tensor, patch: tuple[int, int, int]) -> int:
+    """Tokens of latents that the host embeds as they are, cutting what is no whole patch."""
+    return math.prod(n // p for n, p in zip(latent.shape[2:], patch, strict=True))
+
+
+def _video(model, x: torch.Tensor, conds: Conds) -> Layout:
+    """`WanModel`: one reference image before the video (Fun-Control), frames and latents in context after it."""
+    patch = model.patch_size
+    prefix = suffix = 0
+    reference = conds.get("reference_latent")
+    if model.ref_conv is not None and reference is not None:
+        prefix = math.prod(n // p for n, p in zip(reference.shape[-2:], patch[1:], strict=True))
+    if (frames := conds.get("time_dim_concat")) is not None:
+        suffix += _grid(frames, patch).tokens
+    suffix += sum(_grid(latent, patch).tokens for latent in conds.get("context_latents") or ())
+    return Layout(_grid(x, patch), prefix, suffix)
+
+
+def _audio_video(model, x: torch.Tensor, conds: Conds) -> Layout:
+    """`HumoWanModel`: reference frames after the video."""
+    reference = conds.get("reference_latent")
+    suffix = 0 if reference is None else _tokens(reference, model.patch_size)
+    return Layout(_grid(x, model.patch_size), 0, suffix)
+
+
+def _speech_video(model, x: torch.Tensor, conds: Conds) -> Layout:
+    """`WanModel_S2V`: a reference frame and packed motion frames, all after the video."""
+    return Layout(_grid(x, model.patch_size), 0, None)
+
+
+def _posed_video(model, x: torch.Tensor, conds: Conds) -> Layout:
+    """`SCAILWanModel`: reference frames before the video, frames in context and pose latents after it."""
+    patch = model.patch_size
+    reference, frames, pose = (conds.get(name) for name in ("reference_latent", "time_dim_concat", "pose_latents"))
+    prefix = 0 if reference is None else _grid(reference, patch).tokens
+    suffix = sum(_grid(latent, patch).tokens for latent in (frames, pose) if latent is not None)
+    return Layout(_grid(x, patch), prefix, suffix)
+
+
+# Class names, not classes: importing every variant costs seconds, and a host may lack some.
+_LAYOUTS: dict[str, Callable[[Any, torch.Tensor, Conds], Layout]] = {
+    "WanModel": _video,
+    "VaceWanModel": _video,
+    "CameraWanModel": _video,
+    "AnimateWanModel": _video,
+    "WanDancerModel": _video,
+    "HumoWanModel": _audio_video,
+    "WanModel_S2V": _speech_video,
+    "SCAILWanModel": _posed_video,
+    "SCAIL2WanModel": _posed_video,
+}
+
+
+def layout(model, x: torch.Tensor, conds: Conds) -> Layout:
+    """The layout of one forward pass of a Wan model on `[B, C, T, H, W]` latents with these conditions."""
+    return _LAYOUTS.get(type(model).__name__, _video)(model, x, conds)
+
+
+def attention_blocks(model) -> Iterator[tuple[str, Any, int]]:
+    """Every self-attention that can be windowed: `(path below the diffusion model, module, layer of the plan)`.
+
+    A VACE block has the plan layer of the block whose output it joins.
+    Raises `T3Error` for a model that is not Wan, or whose self-attention is of another kind.
+    """
+    from comfy.ldm.wan.model import WanModel, WanSelfAttention
+
+    name = type(model).__name__
+    if not isinstance(model, WanModel):
+        raise T3Error(
+            f"T3 Attention works on Wan video models, and this one is a {name}. Connect a Wan2.1 or Wan2.2 model, or "
+            "remove the node."
+        )
+    found = [(f"blocks.{i}.self_attn", block.self_attn, i) for i, block in enumerate(model.blocks)]
+    for layer, j in getattr(model, "vace_layers_mapping", {}).items():
+        found.append((f"vace_blocks.{j}.self_attn", model.vace_blocks[j].self_attn, layer))
+    usable = [entry for entry in found if type(entry[1]) is WanSelfAttention]
+    if not usable:
+        raise T3Error(
+            f"{name} computes its self-attention in a way of its own ({type(found[0][1]).__name__}), which cannot be "
+            "cut into windows. Use an ordinary Wan model, or remove the node."
+        )
+    yield from usable
+
+
+def latent_channels(model) -> int:
+    """Channels of the latents a Wan model makes: 16, or 48 for Wan2.2 5B."""
+    return model.out_dim
