@@ -7,11 +7,12 @@ import re
 from comfy_api.latest import io
 
 from ..t3 import Plan
-from ..t3.backends import BACKENDS
+from ..t3.backends import BACKENDS, Situation, choose
 from ..t3.errors import T3Error
 from ..t3.plan import PRESETS
 from . import wan
-from .patch import AUTO, FAST, LEAN, Settings, install
+from .forward_pass import AUTO, FAST, LEAN, Settings
+from .patch import install
 from .types import T3PlanType
 
 
@@ -109,7 +110,7 @@ class T3Attention(io.ComfyNode):
     ) -> io.NodeOutput:
         _check_range(start_percent, end_percent)
         diffusion_model = model.get_model_object("diffusion_model")
-        layers = len(list(wan.attention_blocks(diffusion_model)))
+        layers = len(wan.self_attentions(diffusion_model).windowed)
         chosen, reason = _plan(plan, custom_plan, diffusion_model)
         settings = Settings(
             plan=chosen,
@@ -120,6 +121,10 @@ class T3Attention(io.ComfyNode):
             dense_blocks=parse_blocks(dense_blocks, len(diffusion_model.blocks)),
             verbose=verbose,
         )
+        if backend != AUTO:
+            choose(
+                backend, Situation(model.load_device, model.model.get_dtype_inference(), wan.head_size(diffusion_model))
+            )
         patched = model.clone()
         notes = install(patched, settings)
         return io.NodeOutput(patched, _report(diffusion_model, settings, reason, layers, notes))

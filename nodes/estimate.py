@@ -1,10 +1,14 @@
-"""The host's idea of how much memory a Wan model needs, corrected for T3 while a patched model is at work."""
+"""The host's idea of how much memory a Wan model needs, corrected for T3, in calls made for the patched model alone.
+
+The host asks `BaseModel.memory_required`, which all clones of a model share. It is never changed: before sampling the
+host is handed a shape whose estimate is the right one (as its own context windows do), and for batching a stand-in for
+the model that answers this one question itself.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from ..t3.cost import ModelShape, activation_bytes
@@ -30,44 +34,55 @@ def model_shape(model) -> ModelShape:
     )
 
 
-@contextmanager
-def corrected(base: Any, *, samples: int | None = None) -> Iterator[None]:
-    """Within it, `base.memory_required` (of the host's `BaseModel`) answers for T3; afterwards it is what it was.
+def memory_required(base: Any, shape: Sequence[int], cond_shapes: dict[str, list] | None = None) -> float:
+    """Bytes one forward pass of `base` (a host `BaseModel`) needs under T3 on latents of `shape` `[B, C, T, H, W]`.
 
-    Never more than the host's own estimate. With `samples`, a batch of more than that many at a size where batching
-    gains nothing is declared to fit nowhere, so that the host runs condition and negative one after the other.
+    Arguments as those of `BaseModel.memory_required`, and never more than that says.
     """
-    with replaced(base, _estimate(base, samples)):
-        yield
+    model = base.diffusion_model
+    sizes, cond_shapes = model_shape(model), cond_shapes or {}
+    patch = math.prod(sizes.patch)
+    beside = sum(math.prod(s[2:]) for name in base.memory_usage_factor_conds for s in cond_shapes.get(name) or ())
+    tokens = int((math.prod(shape[2:]) + beside) / patch)
+    ours = activation_bytes(sizes, tokens, batch=shape[0], element=base.get_dtype_inference().itemsize)
+    return min(ours * MARGIN, base.memory_required(shape, cond_shapes=cond_shapes))
 
 
-@contextmanager
-def replaced(base: Any, estimate: Callable) -> Iterator[None]:
-    """Shadow `base.memory_required`, on this instance only, for the time of a `with` block."""
-    former = base.__dict__.get("memory_required")
-    base.__dict__["memory_required"] = estimate
-    try:
-        yield
-    finally:
-        if former is None:
-            del base.__dict__["memory_required"]
-        else:
-            base.__dict__["memory_required"] = former
+def prepare_sampling(executor, model, noise_shape, conds, *args, **kwargs):
+    """PREPARE_SAMPLING wrapper: the host decides what to offload by what T3 needs.
+
+    The shape is used for nothing but the estimate, which is proportional to `T*H*W`: it is scaled down accordingly.
+    """
+    base = model.model
+    scale = memory_required(base, noise_shape) / base.memory_required(noise_shape)
+    batch, channels, *rest = noise_shape
+    scaled = [batch, channels, 1, 1, max(1, math.ceil(math.prod(rest) * scale))]
+    return executor(model, scaled, conds, *args, **kwargs)
 
 
-def _estimate(base: Any, samples: int | None) -> Callable:
-    model, host = base.diffusion_model, base.memory_required
-    shape = model_shape(model)
-    patch = math.prod(shape.patch)
-    element = base.get_dtype_inference().itemsize
+def calc_cond_batch(executor, model, conds, x_in, *args, **kwargs):
+    """CALC_COND_BATCH wrapper: the host decides by T3's needs whether condition and negative run in one batch."""
+    return executor(_Estimating(model, samples=x_in.shape[0]), conds, x_in, *args, **kwargs)
 
-    def memory_required(input_shape: Sequence[int], cond_shapes: dict[str, list] | None = None) -> float:
-        cond_shapes = cond_shapes or {}
-        tokens = math.prod(input_shape[2:]) / patch
-        if samples is not None and input_shape[0] > samples and tokens >= ONE_AT_A_TIME:
+
+class _Estimating:
+    """The host's `BaseModel` in everything but `memory_required`.
+
+    A batch of more than `samples` at a size where batching gains nothing is declared to fit nowhere, so that the host
+    runs condition and negative one after the other.
+    """
+
+    def __init__(self, base: Any, samples: int) -> None:
+        self.__dict__.update(_base=base, _samples=samples)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._base, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._base, name, value)
+
+    def memory_required(self, input_shape: Sequence[int], cond_shapes: dict[str, list] | None = None) -> float:
+        patch = math.prod(self._base.diffusion_model.patch_size)
+        if input_shape[0] > self._samples and math.prod(input_shape[2:]) / patch >= ONE_AT_A_TIME:
             return math.inf
-        beside = sum(math.prod(s[2:]) for name in base.memory_usage_factor_conds for s in cond_shapes.get(name) or ())
-        ours = activation_bytes(shape, int(tokens + beside / patch), batch=input_shape[0], element=element)
-        return min(ours * MARGIN, host(input_shape, cond_shapes=cond_shapes))
-
-    return memory_required
+        return memory_required(self._base, input_shape, cond_shapes)

@@ -7,9 +7,9 @@ of tokens is checked again where attention runs: if the host puts them elsewhere
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,6 +30,11 @@ class Layout:
     grid: Grid
     prefix: int = 0
     suffix: int | None = 0
+
+    @property
+    def beside(self) -> int | None:
+        """Tokens beside the grid, or None where that is known only once the sequence is there."""
+        return None if self.suffix is None else self.prefix + self.suffix
 
     def fits(self, tokens: int) -> bool:
         """Whether a sequence of `tokens` can have this layout."""
@@ -100,11 +105,25 @@ def layout(model, x: torch.Tensor, conds: Conds) -> Layout:
     return _LAYOUTS.get(type(model).__name__, _video)(model, x, conds)
 
 
-def attention_blocks(model) -> Iterator[tuple[str, Any, int]]:
-    """Every self-attention that can be windowed: `(path below the diffusion model, module, layer of the plan)`.
+class SelfAttention(NamedTuple):
+    """A self-attention that can be windowed: its path below the diffusion model, its module, its layer of the plan."""
 
-    A VACE block has the plan layer of the block whose output it joins.
-    Raises `T3Error` for a model that is not Wan, or whose self-attention is of another kind.
+    path: str
+    module: Any
+    layer: int
+
+
+class SelfAttentions(NamedTuple):
+    """Those that can be windowed, and the paths of those that cannot."""
+
+    windowed: list[SelfAttention]
+    left_dense: list[str]
+
+
+def self_attentions(model) -> SelfAttentions:
+    """Every self-attention over the video's tokens. A VACE block has the plan layer of the block whose output it joins.
+
+    Raises `T3Error` for a model that is not Wan, or none of whose self-attention can be windowed.
     """
     from comfy.ldm.wan.model import WanModel, WanSelfAttention
 
@@ -114,16 +133,22 @@ def attention_blocks(model) -> Iterator[tuple[str, Any, int]]:
             f"T3 Attention works on Wan video models, and this one is a {name}. Connect a Wan2.1 or Wan2.2 model, or "
             "remove the node."
         )
-    found = [(f"blocks.{i}.self_attn", block.self_attn, i) for i, block in enumerate(model.blocks)]
+    found = [SelfAttention(f"blocks.{i}.self_attn", block.self_attn, i) for i, block in enumerate(model.blocks)]
     for layer, j in getattr(model, "vace_layers_mapping", {}).items():
-        found.append((f"vace_blocks.{j}.self_attn", model.vace_blocks[j].self_attn, layer))
-    usable = [entry for entry in found if type(entry[1]) is WanSelfAttention]
-    if not usable:
+        found.append(SelfAttention(f"vace_blocks.{j}.self_attn", model.vace_blocks[j].self_attn, layer))
+    # Exactly this class: what a subclass computes is not known here.
+    windowed = [attention for attention in found if type(attention.module) is WanSelfAttention]
+    if not windowed:
         raise T3Error(
-            f"{name} computes its self-attention in a way of its own ({type(found[0][1]).__name__}), which cannot be "
-            "cut into windows. Use an ordinary Wan model, or remove the node."
+            f"{name} computes its self-attention in a way of its own ({type(found[0].module).__name__}), which cannot "
+            "be cut into windows. Use an ordinary Wan model, or remove the node."
         )
-    yield from usable
+    return SelfAttentions(windowed, [a.path for a in found if type(a.module) is not WanSelfAttention])
+
+
+def head_size(model) -> int:
+    """Channels of one attention head."""
+    return model.dim // model.num_heads
 
 
 def latent_channels(model) -> int:

@@ -1,0 +1,168 @@
+"""One forward pass of a Wan model under T3: where the video lies, each layer's windows, what attends, what memory.
+
+Settings are what the user asked for; a `ForwardPass` is what follows from them for the latents at hand.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+import torch
+
+from ..t3 import Grid, Partition, Plan
+from ..t3.backends import Backend, Situation, choose
+from ..t3.cost import attention_pairs
+from ..t3.plan import PRESETS
+from . import host_attention, wan
+
+log = logging.getLogger("T3")
+AUTO, FAST, LEAN = "auto", "fast", "lean"
+# Working memory of lean attention, unless one window of one head needs more.
+LEAN_BYTES = 512 * 2**20
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for in the node."""
+
+    plan: Plan
+    backend: str = AUTO
+    memory: str = AUTO
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+    dense_blocks: frozenset[int] = frozenset()
+    verbose: bool = False
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """Layout of the tokens; for every layer its partition, or None where it runs dense; what attends inside windows.
+
+    `backend` None: the host's own attention, which the user chose. `memory`: bytes attention may work in, or None.
+    """
+
+    layout: wan.Layout
+    partitions: tuple[Partition | None, ...]
+    backend: Backend | None
+    memory: int | None
+
+    def describe(self) -> str:
+        """One line: grid, tokens beside it, windows of each distinct layer, backend, bound on memory."""
+        grid = self.layout.grid
+        windows = "; ".join(
+            "dense" if p is None else f"{_times(p)} windows of up to {_longest(p, grid):,}"
+            for p in dict.fromkeys(self.partitions)
+        )
+        by = "the host's attention" if self.backend is None else self.backend.name
+        bound = "" if self.memory is None else f", within {self.memory / 2**20:,.0f} MiB"
+        return f"grid {_times(grid)} = {grid.tokens:,} tokens; {windows}; by {by}{bound}."
+
+
+def plan_forward_pass(
+    base: Any, model: Any, x: torch.Tensor, options: Mapping[str, Any], conds: wan.Conds, settings: Settings, say: Say
+) -> ForwardPass | None:
+    """How to run `model` (the diffusion model of `base`) on latents `x`, or None where it runs dense altogether.
+
+    `options` and `conds` are the host's `transformer_options` and conditions; `say` tells the user something, once.
+    """
+    if x.ndim != 5:
+        say(f"latents of shape {tuple(x.shape)} are not a video's [B, C, T, H, W]; running dense.")
+        return None
+    if not _active(base, options, settings):
+        return None
+    layout = wan.layout(model, x, conds)
+    partitions = tuple(_partition(settings, layer, layout.grid) for layer in range(len(model.blocks)))
+    windowed = [p for p in partitions if p is not None]
+    if not windowed and settings.plan != PRESETS["dense"]:
+        say(f"grid {_times(layout.grid)} = {layout.grid.tokens:,} tokens is one window in every layer: full attention.")
+    if not windowed:
+        return None
+    situation = Situation(x.device, base.get_dtype_inference(), wan.head_size(model))
+    backend = _backend(settings, options, situation, layout, windowed, say)
+    memory = _memory(settings, model, layout, x, situation.dtype, windowed)
+    found = ForwardPass(layout, partitions, backend, memory)
+    _tell_global_tokens(layout, windowed, say)
+    if settings.verbose:
+        say(found.describe())
+    return found
+
+
+def _active(base: Any, options: Mapping[str, Any], settings: Settings) -> bool:
+    """Whether this noise level lies within the user's start and end."""
+    if "sigmas" not in options or (settings.start_percent <= 0 and settings.end_percent >= 1):
+        return True
+    sigma, sampling = float(options["sigmas"].max()), base.model_sampling
+    return sampling.percent_to_sigma(settings.end_percent) < sigma <= sampling.percent_to_sigma(settings.start_percent)
+
+
+def _partition(settings: Settings, layer: int, grid: Grid) -> Partition | None:
+    if layer in settings.dense_blocks:
+        return None
+    partition = settings.plan.partition(layer, grid)
+    return partition if partition.windows > 1 else None
+
+
+def _backend(
+    settings: Settings, options, situation: Situation, layout: wan.Layout, partitions: list[Partition], say: Say
+) -> Backend | None:
+    """The backend for windows, or None for the host's attention where the user chose that.
+
+    Raises `T3Error` for a backend that cannot serve these tensors or windows.
+    """
+    keys = [size + (layout.beside or 0) for p in partitions for _, size in p.window_classes(layout.grid)]
+    if settings.backend == AUTO and (how := host_attention.chosen_by_user(options)):
+        wrong = host_attention.wrong_for(keys, how)
+        if wrong is None:
+            say(f"attention inside windows is the one chosen by {how}.")
+            return None
+        say(f"{wrong} Another backend does the work instead.")
+    backend, why = choose(settings.backend, situation)
+    log.debug("T3 Attention: %s", why)
+    for count in keys:
+        backend.check_keys(count)
+    return backend
+
+
+def _memory(
+    settings: Settings, model, layout: wan.Layout, x: torch.Tensor, dtype: torch.dtype, partitions: list[Partition]
+) -> int | None:
+    """Bytes that attention may work in, or None for as many as it likes."""
+    head = x.shape[0] * wan.head_size(model) * dtype.itemsize
+    tokens = layout.grid.tokens + layout.prefix + (layout.suffix or 0)
+    if settings.memory == AUTO:
+        # Attention holds its input twice, q, k, v, the output and five window copies; beside the FFN that is little.
+        needed = 12 * tokens * head * model.num_heads
+        if needed < comfy.model_management.get_free_memory(x.device):
+            return None
+    elif settings.memory == FAST:
+        return None
+    beside = tokens - layout.grid.tokens
+    longest = max(_longest(p, layout.grid) for p in partitions)
+    # What t3_attention needs at least: one window of one head, or one head of the tokens that attend everything.
+    least = (5 * longest + 2 * beside) * head if not beside else 2 * tokens * head
+    return max(LEAN_BYTES, least)
+
+
+def _tell_global_tokens(layout: wan.Layout, partitions: list[Partition], say: Say) -> None:
+    beside = layout.prefix + (layout.suffix or 0)
+    if not beside:
+        return
+    alone = sum(attention_pairs(layout.grid, p) for p in partitions)
+    dearer = sum(attention_pairs(layout.grid, p, beside) for p in partitions) / alone
+    say(
+        f"{beside:,} tokens of references or context stand beside the video's {layout.grid.tokens:,}. Every window "
+        f"attends them too, which makes attention {dearer:.1f} times the work."
+    )
+
+
+def _longest(partition: Partition, grid: Grid) -> int:
+    return max(size for _, size in partition.window_classes(grid))
+
+
+def _times(numbers) -> str:
+    return " x ".join(map(str, numbers))

@@ -1,0 +1,60 @@
+"""ComfyUI's own attention as a backend, for users who chose one by a node or a launch flag."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..t3.backends import BACKENDS, Backend, installed
+
+_FLAGS = (
+    "use_sage_attention",
+    "use_flash_attention",
+    "use_split_cross_attention",
+    "use_quad_cross_attention",
+    "use_pytorch_cross_attention",
+    "force_upcast_attention",
+)
+_SAGE_FLAG = "--use-sage-attention"
+
+
+def chosen_by_user(options: Mapping[str, Any]) -> str | None:
+    """How the user chose an attention of their own, in words, or None where nobody did.
+
+    `options`: the host's `transformer_options`.
+    """
+    from comfy.cli_args import args
+
+    if "optimized_attention_override" in options:
+        return "another node's attention override"
+    chosen = [flag for flag in _FLAGS if getattr(args, flag, False)]
+    return f"the launch flag --{chosen[0].replace('_', '-')}" if chosen else None
+
+
+def wrong_for(keys: Iterable[int], how: str) -> str | None:
+    """Why the chosen attention would give wrong results for windows of so many keys, or None."""
+    sage = BACKENDS["sage"]
+    if _SAGE_FLAG not in how or not installed("sageattention") or sage.keys_multiple is None:
+        return None
+    multiple = sage.keys_multiple()
+    bad = next((n for n in keys if n % multiple), None)
+    if bad is None:
+        return None
+    return f"sageattention, as installed, is wrong for windows of {bad:,} tokens (no multiple of {multiple})."
+
+
+def host_attention(options: Mapping[str, Any]) -> Backend:
+    """The host's attention, with whatever override the user's nodes put in `options`, for use inside one window."""
+    import comfy.ldm.wan.model
+
+    # An override that reads the video's layout would take a window for the whole video.
+    inside = {key: value for key, value in options.items() if key != "grid_sizes"}
+
+    def attend(q, k, v, scale):
+        heads = q.shape[2]
+        q, k, v = (x.flatten(2) for x in (q, k, v))
+        # Looked up at each call: a launch flag or another pack decides what stands there.
+        out = comfy.ldm.wan.model.optimized_attention(q, k, v, heads=heads, transformer_options=inside)
+        return out.unflatten(2, (heads, -1))
+
+    return Backend("host", "ComfyUI's own attention", attend)
