@@ -51,13 +51,13 @@ def memory_required(base: Any, shape: Sequence[int], cond_shapes: dict[str, list
 def prepare_sampling(executor, model, noise_shape, conds, *args, **kwargs):
     """PREPARE_SAMPLING wrapper: the host decides what to offload by what T3 needs.
 
-    The shape is used for nothing but the estimate, which is proportional to `T*H*W`: it is scaled down accordingly.
+    The shape is used for nothing but the estimate, which is proportional to `T*H*W`: the width is scaled down. Time is
+    left for context windows to cut.
     """
     base = model.model
     scale = memory_required(base, noise_shape) / base.memory_required(noise_shape)
-    batch, channels, *rest = noise_shape
-    scaled = [batch, channels, 1, 1, max(1, math.ceil(math.prod(rest) * scale))]
-    return executor(model, scaled, conds, *args, **kwargs)
+    *others, width = noise_shape
+    return executor(model, [*others, max(1, math.ceil(width * scale))], conds, *args, **kwargs)
 
 
 def calc_cond_batch(executor, model, conds, x_in, *args, **kwargs):

@@ -192,4 +192,5 @@ def _report_foreign(model, installation: Installation) -> None:
 
 def _own_method(forward: Any) -> bool:
     """Whether this is the module's own method, which the host leaves behind when it takes a patch off."""
-    return getattr(forward, "__func__", None) is getattr(type(getattr(forward, "__self__", None)), "forward", None)
+    owner = getattr(forward, "__self__", None)
+    return isinstance(owner, torch.nn.Module) and forward.__func__ is type(owner).forward

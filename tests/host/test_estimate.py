@@ -1,0 +1,112 @@
+"""The host's memory estimate: right for the patched clone, and never moved for the model that clones share."""
+
+from __future__ import annotations
+
+import sys
+
+import host_models
+import pytest
+import torch
+from host_runs import sample, text_conds, transformer_options, with_t3
+
+from t3.cost import ModelShape, activation_bytes
+
+NOISE_4K = [1, 16, 21, 272, 480]
+# What matters to memory in the 1.3B model; one layer is enough, since layers come one after the other.
+SIZES_1_3B = {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 1}
+
+
+@pytest.fixture(scope="module")
+def model(pack):
+    return host_models.patcher("t2v", **SIZES_1_3B)
+
+
+@pytest.fixture
+def asked(pack, monkeypatch):
+    """What the host asks memory for, without loading anything: `asked(patcher, shape)` gives `(most, least)` bytes."""
+    import comfy.model_management
+    import comfy.sampler_helpers
+
+    def ask(patcher, shape=NOISE_4K):
+        seen = {}
+        monkeypatch.setattr(comfy.model_management, "load_models_gpu", lambda models, **kwargs: seen.update(kwargs))
+        positive, negative = ([[c, {}] for c, _ in conds] for conds in text_conds(patcher))
+        conds = {"positive": [{**c[1]} for c in positive], "negative": [{**c[1]} for c in negative]}
+        options = {**patcher.model_options, "transformer_options": transformer_options(patcher)}
+        comfy.sampler_helpers.prepare_sampling(patcher, shape, conds, model_options=options)
+        monkeypatch.undo()
+        return seen["memory_required"], seen["minimum_memory_required"]
+
+    return ask
+
+
+def test_the_host_reserves_what_t3_needs(pack, model, asked):
+    shape = ModelShape(layers=1, dim=1536, ffn_dim=8960, heads=12)
+    needed = activation_bytes(shape, 21 * 136 * 240, element=4)
+    before = asked(model)
+    most, least = asked(with_t3(pack, model)[0])
+    assert 1.0 * needed <= least <= 1.15 * needed
+    assert least < most <= before[0]
+    assert asked(model) == before
+
+
+def test_context_windows_and_t3_in_any_order(pack, model, asked):
+    from test_composition import context_windows
+
+    first = asked(context_windows(with_t3(pack, model)[0]))
+    second = asked(with_t3(pack, context_windows(model))[0])
+    assert first == pytest.approx(second, rel=0.01)
+    assert first[1] == pytest.approx(asked(with_t3(pack, model)[0], [1, 16, 4, 272, 480])[1], rel=0.01)
+
+
+def test_condition_and_negative_share_a_batch_only_where_it_pays(pack, model):
+    estimating = sys.modules[f"{pack.__name__}.nodes.estimate"]._Estimating(model.model, samples=1)
+    assert estimating.memory_required([2, *NOISE_4K[1:]]) == float("inf")
+    assert estimating.memory_required(NOISE_4K) < model.model.memory_required(NOISE_4K)
+    small = [2, 16, 21, 60, 104]
+    assert estimating.memory_required(small) < float("inf")
+    assert estimating.current_patcher is model.model.current_patcher
+
+
+def test_the_shared_estimate_never_moves(pack):
+    """Asked before, at every point of a patched run that another node can hook, and after."""
+    import comfy.patcher_extension
+
+    model = host_models.patcher("t2v")
+    expected = model.model.memory_required(NOISE_4K)
+    found = []
+
+    def look(*_):
+        found.append((model.model.memory_required(NOISE_4K), model.memory_required(NOISE_4K)))
+        assert "memory_required" not in model.model.__dict__
+
+    patched, _ = with_t3(pack, model)
+    kinds = comfy.patcher_extension.WrappersMP
+    for kind in (
+        kinds.OUTER_SAMPLE,
+        kinds.PREPARE_SAMPLING,
+        kinds.CALC_COND_BATCH,
+        kinds.APPLY_MODEL,
+        kinds.DIFFUSION_MODEL,
+    ):
+
+        def wrapper(executor, *args, **kwargs):
+            look()
+            try:
+                return executor(*args, **kwargs)
+            finally:
+                look()
+
+        patched.add_wrapper_with_key(kind, "test", wrapper)
+
+    def around(apply_model, arguments):
+        look()
+        return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
+
+    patched.set_model_unet_function_wrapper(around)
+    look()
+    sample(patched, torch.zeros(1, 16, 3, 8, 6), callback=look)
+    look()
+    sample(model, torch.zeros(1, 16, 3, 8, 6), callback=look)
+    assert len(found) > 15
+    assert set(found) == {(expected, expected)}
