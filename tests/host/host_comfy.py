@@ -22,19 +22,18 @@ def available() -> bool:
 
 
 @lru_cache(maxsize=1)
-def load() -> ModuleType:
-    """Import ComfyUI (its tree goes first on the path: it too has a module `nodes`) and the pack; gives the pack."""
-    sys.path.insert(0, str(COMFYUI))
+def load(tree: Path = COMFYUI, cpu: bool = True) -> ModuleType:
+    """Import ComfyUI from `tree` (first on the path: it too has a module `nodes`) and the pack; gives the pack."""
+    sys.path.insert(0, str(tree))
     import comfy.options
 
     comfy.options.enable_args_parsing(False)
     import comfy.cli_args
 
-    comfy.cli_args.args.cpu = True
-    import comfy.sd
-
-    import nodes  # noqa: F401
-
+    comfy.cli_args.args.cpu = cpu
+    # What nodes expect to find imported.
+    importlib.import_module("comfy.sd")
+    importlib.import_module("nodes")
     return load_pack(ROOT, PACK)
 
 
