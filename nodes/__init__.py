@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import logging
+
 from comfy_api.latest import ComfyExtension, io
 
-from .attention import T3Attention
+from . import host_version
+
+log = logging.getLogger("T3")
 
 
 class T3Extension(ComfyExtension):
     """The pack's nodes, in the order ComfyUI lists them."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        try:
+            from .attention import T3Attention
+        except ImportError as error:
+            log.error("T3 has no nodes here: it needs ComfyUI %s or newer (%s).", host_version.TESTED, error)
+            return []
         return [T3Attention]
 
 
 async def comfy_entrypoint() -> T3Extension:
     """Called once by ComfyUI when it loads the pack."""
+    if remark := host_version.remark(host_version.running()):
+        log.warning(remark)
     return T3Extension()

@@ -12,6 +12,7 @@ from ..t3.errors import T3Error
 from ..t3.plan import PRESETS
 from . import wan
 from .forward_pass import AUTO, FAST, LEAN, Settings
+from .host_attention import chosen_by_user
 from .patch import install
 from .types import T3PlanType
 
@@ -44,7 +45,8 @@ class T3Attention(io.ComfyNode):
                     options=["auto", *BACKENDS],
                     default="auto",
                     tooltip="What computes attention inside a window. auto: the attention you chose by another node or "
-                    "a launch flag; where you chose none, the fastest exact one for your card.",
+                    "a launch flag; where you chose none, the fastest exact one for your card. "
+                    f"Not exact, in 8 bits: {', '.join(b.name for b in BACKENDS.values() if not b.exact)}.",
                     advanced=True,
                 ),
                 io.Combo.Input(
@@ -127,7 +129,8 @@ class T3Attention(io.ComfyNode):
             )
         patched = model.clone()
         notes = install(patched, settings)
-        return io.NodeOutput(patched, _report(diffusion_model, settings, reason, layers, notes))
+        options = patched.model_options.get("transformer_options", {})
+        return io.NodeOutput(patched, _report(diffusion_model, settings, reason, layers, notes, options))
 
 
 def _check_range(start: float | None, end: float | None) -> None:
@@ -170,7 +173,7 @@ def _plan(name: str, custom: Plan | None, diffusion_model) -> tuple[Plan, str]:
     return Plan.for_latent_channels(channels), f"the released plan for models of {channels}-channel latents"
 
 
-def _report(diffusion_model, settings: Settings, reason: str, layers: int, notes: list[str]) -> str:
+def _report(diffusion_model, settings: Settings, reason: str, layers: int, notes: list[str], options: dict) -> str:
     plan = settings.plan
     counts = "; ".join(" x ".join(map(str, layer)) for layer in plan.layers)
     dense = len(settings.dense_blocks)
@@ -184,6 +187,8 @@ def _report(diffusion_model, settings: Settings, reason: str, layers: int, notes
         lines.append(
             f"From {settings.start_percent:.0%} to {settings.end_percent:.0%} of sampling; full attention else."
         )
+    if settings.backend == AUTO and (how := chosen_by_user(options)):
+        lines.append(f"Attention inside windows: the one chosen by {how}.")
     lines += notes
     if plan != PRESETS["dense"]:
         lines.append(

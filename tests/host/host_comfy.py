@@ -5,6 +5,8 @@ The pack's copy of `t3` and the tests' own are two: compare values, not classes.
 
 from __future__ import annotations
 
+import asyncio
+import importlib
 import importlib.util
 import sys
 from functools import lru_cache
@@ -34,7 +36,9 @@ def load(tree: Path = COMFYUI, cpu: bool = True) -> ModuleType:
     # What nodes expect to find imported.
     importlib.import_module("comfy.sd")
     importlib.import_module("nodes")
-    return load_pack(ROOT, PACK)
+    pack = load_pack(ROOT, PACK)
+    asyncio.run(asyncio.run(pack.comfy_entrypoint()).get_node_list())  # imports the modules of all nodes
+    return pack
 
 
 def load_pack(folder: Path, name: str) -> ModuleType:

@@ -1,0 +1,93 @@
+"""An attention the user chose for ComfyUI does the work inside windows, unless it would do it wrong."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import host_models
+import pytest
+import torch
+from host_runs import forward, with_t3
+
+FLAGS = [
+    "use_sage_attention",
+    "use_flash_attention",
+    "use_split_cross_attention",
+    "use_quad_cross_attention",
+    "use_pytorch_cross_attention",
+]
+X, TEXT = torch.randn(1, 16, 6, 12, 12), torch.randn(1, 7, 48)
+
+
+@pytest.fixture
+def calls(pack, monkeypatch):
+    """Tokens of each call of the host's own attention, inside windows or not."""
+    import comfy.ldm.wan.model
+
+    seen = []
+    original = comfy.ldm.wan.model.optimized_attention
+
+    def counting(q, k, v, **kwargs):
+        if q.shape[1] == k.shape[1]:
+            seen.append(q.shape[1])
+        return original(q, k, v, **kwargs)
+
+    monkeypatch.setattr(comfy.ldm.wan.model, "optimized_attention", counting)
+    return seen
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_a_launch_flag_is_a_choice(pack, monkeypatch, calls, caplog, flag):
+    from comfy.cli_args import args
+
+    patched, report = with_t3(pack, host_models.patcher("t2v"))
+    assert "chosen by" not in report
+    expected = forward(patched, X, text=TEXT)
+    assert not calls
+    monkeypatch.setattr(args, flag, True)
+    patched, report = with_t3(pack, host_models.patcher("t2v"))
+    named = f"chosen by the launch flag --{flag.replace('_', '-')}"
+    assert named in report
+    with caplog.at_level(logging.WARNING):
+        out = forward(patched, X, text=TEXT)
+    assert calls and max(calls) < 6 * 6 * 6
+    assert named in caplog.text
+    assert (out - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_an_explicit_backend_beats_the_flag(pack, monkeypatch, calls):
+    from comfy.cli_args import args
+
+    monkeypatch.setattr(args, "use_sage_attention", True)
+    patched, report = with_t3(pack, host_models.patcher("t2v"), backend="sdpa-math")
+    forward(patched, X, text=TEXT)
+    assert not calls and "chosen by" not in report
+
+
+def test_sageattention_1_is_passed_over_where_it_is_wrong(pack, monkeypatch, calls, caplog):
+    """Windows of the test plan have no multiple of 64 tokens; those of one frame of 8 x 8 do."""
+    from comfy.cli_args import args
+
+    module = sys.modules[f"{pack.__name__}.nodes.host_attention"]
+    backends = sys.modules[f"{pack.__name__}.t3.backends"]
+    monkeypatch.setattr(args, "use_sage_attention", True)
+    monkeypatch.setattr(module, "installed", lambda package: True)
+    monkeypatch.setattr(backends, "version", lambda package: "1.0.6")
+    backends._sage_keys_multiple.cache_clear()
+    try:
+        patched, _ = with_t3(pack, host_models.patcher("t2v"))
+        with caplog.at_level(logging.WARNING):
+            forward(patched, X, text=TEXT)
+        assert not calls and caplog.text.count("sageattention, as installed, is wrong for windows of") == 1
+        plan = with_t3(pack, host_models.patcher("t2v"), custom_plan=plan_of_frames(pack))[0]
+        forward(plan, torch.randn(1, 16, 2, 16, 16), text=TEXT)
+        assert set(calls) == {64}
+    finally:
+        backends._sage_keys_multiple.cache_clear()
+
+
+def plan_of_frames(pack):
+    from host_runs import plan_of
+
+    return plan_of(pack, [["each", 1, 1]], (2, 8, 8))
