@@ -36,8 +36,8 @@ def t3_attention(
     every window, while their own queries attend every token.
     backend: a name in `t3.backends.BACKENDS`, `"auto"`, or a `Backend`. scale: of the scores, `head_dim**-0.5` if None.
     memory: bytes the grouped copies and their results may take beyond inputs and output; windows, then heads, are
-    worked off in groups that fit. The result does not depend on it as long as the backend gives each window and head
-    the same result alone and in company, as those of torch do.
+    worked off in groups that fit. The result depends on it no more than the backend's result for one window and head
+    depends on the others it gets at once: by rounding at most, with torch's.
     Groupings that coincide are computed once. Differentiable where the backend is.
     Raises `T3Error` for shapes that do not fit, an illegal partition, a backend that cannot serve the tensors, or a
     `memory` too small for one window and head.

@@ -70,16 +70,26 @@ def test_equals_the_reference(device, case):
 @given(case=cases(), fraction=st.floats(0.0, 1.0))
 @settings(max_examples=100, deadline=None)
 def test_a_memory_bound_changes_nothing(device, case, fraction):
+    """Bit for bit where each window and head is computed alone; kernels may split their work by what they are given."""
     q, k, v = draw_qkv(case, device)
-    whole = t3_attention(q, k, v, case["grid"], case["partition"], prefix=case["prefix"])
+    where = (q, k, v, case["grid"], case["partition"])
     tokens = q.shape[1]
     least = case["batch"] * tokens * q.shape[-1] * q.element_size() * 5
     memory = int(least * (1 + fraction * case["heads"] * case["partition"].windows))
-    out = t3_attention(q, k, v, case["grid"], case["partition"], prefix=case["prefix"], memory=memory)
-    if device == "cpu":
-        assert torch.equal(out, whole)
-    else:  # a kernel may split its work by the number of windows and heads it is given
-        assert error(out, whole.double()) < tolerance(q.dtype)
+    whole, out = (t3_attention(*where, prefix=case["prefix"], memory=bound) for bound in (None, memory))
+    assert error(out, whole.double()) < tolerance(q.dtype)
+    alone = Backend("alone", "", one_window_and_head_at_a_time)
+    whole, out = (t3_attention(*where, prefix=case["prefix"], memory=bound, backend=alone) for bound in (None, memory))
+    assert torch.equal(out, whole)
+
+
+def one_window_and_head_at_a_time(q, k, v, scale):
+    out = torch.empty_like(q)
+    for window in range(q.shape[0]):
+        for head in range(q.shape[2]):
+            one = (x[window : window + 1, :, head : head + 1] for x in (q, k, v))
+            out[window : window + 1, :, head : head + 1] = BACKENDS["sdpa-math"].attend(*one, scale)
+    return out
 
 
 def test_a_memory_bound_limits_what_a_call_takes():
