@@ -358,9 +358,8 @@ def test_lean_memory_gives_the_same(pack, dit, monkeypatch):
     module = sys.modules[f"{pack.__name__}.nodes.forward_pass"]
     monkeypatch.setattr(module, "LEAN_BYTES", 1)
     model, latent = dit(), torch.zeros(LATENT)
-    fast, _ = with_t3(pack, model, memory="fast")
-    lean, _ = with_t3(pack, model, memory="lean")
-    assert torch.equal(sample(fast, latent), sample(lean, latent))
+    fast, lean = (sample(with_t3(pack, model, memory=memory)[0], latent) for memory in ("fast", "lean"))
+    assert (fast - lean).norm() < 1e-5 * fast.norm()
 
 
 def test_an_image_in_reference_latents(pack, dit, windowed):
