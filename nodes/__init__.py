@@ -17,10 +17,13 @@ class T3Extension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         try:
             from .attention import T3Attention
+            from .latent import T3EmptyLatent
+            from .load_latent import T3LoadLatent
+            from .plan import T3Plan
         except ImportError as error:
             log.error("T3 has no nodes here: it needs ComfyUI %s or newer (%s).", host_version.TESTED, error)
             return []
-        return [T3Attention]
+        return [T3Attention, T3Plan, T3EmptyLatent, T3LoadLatent]
 
 
 async def comfy_entrypoint() -> T3Extension:

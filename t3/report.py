@@ -6,7 +6,8 @@ import json
 from typing import Any
 
 from .cost import ModelShape, model_cost
-from .plan import Grid, Partition, Plan
+from .plan import Grid, Plan
+from .plan_facts import layer_facts, layer_line
 from .sources import Sources
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 2}
@@ -28,7 +29,7 @@ def run_facts(sources: Sources, plan: Plan, reason: str, grid: Grid, dtype: str,
         "plan": {"name": plan.name, "reason": reason, "definition": json.loads(plan.to_json())},
         "grid": list(grid),
         "tokens": grid.tokens,
-        "layers": [_layer_facts(i, p, grid, shape.layers, len(plan.layers)) for i, p in enumerate(cycle)],
+        "layers": [layer_facts(i, p, grid, shape.layers, len(plan.layers)) for i, p in enumerate(cycle)],
         "macs": {
             "attention_dense": cost.attention_dense,
             "attention_released": cost.attention_released,
@@ -48,17 +49,6 @@ def run_facts(sources: Sources, plan: Plan, reason: str, grid: Grid, dtype: str,
     }
 
 
-def _layer_facts(first: int, partition: Partition, grid: Grid, layers: int, cycle: int) -> dict[str, Any]:
-    sizes = [size for _, size in partition.window_classes(grid)]
-    return {
-        "layers": list(range(first, layers, cycle)),
-        "partition": list(partition),
-        "windows": partition.windows,
-        "tokens_per_window": sorted({min(sizes), max(sizes)}),
-        "branches": 1 if partition.coincides(grid) else 2,
-    }
-
-
 NOISE_WARNING = (
     "T3 attention on weights that were not tuned for it gives noise. Give T3-tuned weights with --t3-weights, or run "
     "stock weights with --plan dense."
@@ -75,12 +65,7 @@ def fact_lines(facts: dict[str, Any]) -> list[str]:
         lines.append(f"           {NOISE_WARNING}")
     lines.append(f"plan       {facts['plan']['name']} ({facts['plan']['reason']})")
     lines.append(f"grid       {' x '.join(map(str, facts['grid']))} = {facts['tokens']:,} tokens")
-    for layer in facts["layers"]:
-        size = " to ".join(f"{n:,}" for n in layer["tokens_per_window"])
-        once = "local and strided" if layer["branches"] == 2 else "one branch, both coincide"
-        which = ", ".join(map(str, layer["layers"]))
-        counts = " x ".join(map(str, layer["partition"]))
-        lines.append(f"windows    {counts:12} of {size} tokens, {once}; layers {which}")
+    lines += [layer_line(layer) + "; layers " + ", ".join(map(str, layer["layers"])) for layer in facts["layers"]]
     lines.append(
         f"attention  {_tera(macs['attention_t3'])} MACs a forward pass "
         f"(as released {_tera(macs['attention_released'])}, dense {_tera(macs['attention_dense'])})"

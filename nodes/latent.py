@@ -1,0 +1,96 @@
+"""The T3 Empty Latent node: latents of a size that is legal for the model."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import torch
+from comfy_api.latest import io
+
+from ..t3 import Plan
+from ..t3.errors import T3Error
+from ..t3.plan_facts import plan_lines
+from .families import FAMILIES, SIZES, Video, video
+
+_MOST_PIXELS = 16384
+
+
+class T3EmptyLatent(io.ComfyNode):
+    """Empty latents for text to video, in 16 or 48 channels."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="T3EmptyLatent",
+            display_name="T3 Empty Latent",
+            category="T3",
+            description="Empty video latents of a size that is legal for the model, and what sampling them costs.",
+            search_aliases=["empty video latent", "4k latent", "wan latent", "resolution", "size"],
+            inputs=[
+                io.Combo.Input(
+                    "size",
+                    options=list(SIZES),
+                    default="4K landscape",
+                    tooltip="Picture size. 4K is 3840x2176, the size T3 was released for; crop to 2160 rows later.",
+                ),
+                io.Combo.Input(
+                    "family",
+                    options=list(FAMILIES),
+                    default=next(iter(FAMILIES)),
+                    tooltip="Which model they are for: one with the Wan2.1 VAE (16 channels), or Wan2.2 5B (48).",
+                ),
+                io.Int.Input(
+                    "frames",
+                    default=81,
+                    min=1,
+                    max=8193,
+                    step=4,
+                    tooltip="Frames of video: 1, 5, 9, ... 81, and so on.",
+                ),
+                io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="How many clips to sample at once."),
+                io.Int.Input(
+                    "width",
+                    default=0,
+                    min=0,
+                    max=_MOST_PIXELS,
+                    step=16,
+                    tooltip="0: that of the size above. Otherwise pixels, used instead.",
+                    advanced=True,
+                ),
+                io.Int.Input(
+                    "height",
+                    default=0,
+                    min=0,
+                    max=_MOST_PIXELS,
+                    step=16,
+                    tooltip="0: that of the size above. Otherwise pixels, used instead.",
+                    advanced=True,
+                ),
+            ],
+            outputs=[
+                io.Latent.Output("LATENT", display_name="latent", tooltip="Empty latents, for KSampler."),
+                io.String.Output("REPORT", display_name="report", tooltip="Size, tokens, windows and work."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, size, family, frames, width, height) -> bool | str:
+        """What can be refused before the graph runs; a string is the reason."""
+        try:
+            video(size or next(iter(SIZES)), family or next(iter(FAMILIES)), frames or 1, width or 0, height or 0)
+        except T3Error as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, size, family, frames, batch_size, width=0, height=0) -> io.NodeOutput:
+        clip = video(size, family, frames, width, height)
+        samples = torch.zeros([batch_size, *clip.latent], device=comfy.model_management.intermediate_device())
+        latent = {"samples": samples, "downscale_ratio_spacial": FAMILIES[family].scale}
+        return io.NodeOutput(latent, _report(clip, family))
+
+
+def _report(clip: Video, family: str) -> str:
+    plan = Plan.for_latent_channels(FAMILIES[family].channels)
+    shape = " x ".join(map(str, clip.latent))
+    first = f"{clip.width} x {clip.height} pixels, {clip.frames} frames; latents {shape}, for {family}."
+    return "\n".join([first, *plan_lines(plan, clip.grid)])

@@ -1,0 +1,100 @@
+"""The T3 Load Latent node: latents that ComfyUI's SaveLatent wrote, from where it wrote them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from comfy_api.latest import io
+
+from ..t3.errors import T3Error
+from ..t3.latents import load_latents
+
+NEWEST = "newest"
+
+
+class T3LoadLatent(io.ComfyNode):
+    """Decode later: SaveLatent in one graph, this node in the next, no file moved by hand."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="T3LoadLatent",
+            display_name="T3 Load Latent",
+            category="T3",
+            description="Loads latents that SaveLatent wrote, to decode hours of sampling whenever you like.",
+            search_aliases=["load latent", "open latent", "decode later", "resume"],
+            inputs=[
+                io.Combo.Input(
+                    "latent",
+                    options=[NEWEST, *saved()],
+                    default=NEWEST,
+                    tooltip="A .latent file under ComfyUI's output or input folder. newest: the one saved last.",
+                ),
+            ],
+            outputs=[
+                io.Latent.Output("LATENT", display_name="latent", tooltip="The latents, for a VAE decode."),
+                io.String.Output("REPORT", display_name="report", tooltip="Which file this is, and what it holds."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, latent) -> bool | str:
+        """What can be refused before the graph runs; a string is the reason."""
+        try:
+            find(latent or NEWEST)
+        except T3Error as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, latent) -> str:
+        """Changes when the file does, or when `newest` is another."""
+        path = find(latent)
+        return f"{path} {path.stat().st_mtime_ns} {path.stat().st_size}"
+
+    @classmethod
+    def execute(cls, latent) -> io.NodeOutput:
+        path = find(latent)
+        samples, _ = load_latents(path)
+        shape = " x ".join(map(str, samples.shape))
+        return io.NodeOutput({"samples": samples}, f"{path}\nlatents {shape}, {4 * (samples.shape[2] - 1) + 1} frames")
+
+
+def _folders() -> dict[str, Path]:
+    import folder_paths
+
+    return {
+        "output": Path(folder_paths.get_output_directory()).resolve(),
+        "input": Path(folder_paths.get_input_directory()).resolve(),
+    }
+
+
+def saved() -> list[str]:
+    """Every `.latent` under the output and input folders, as `output/latents/name.latent`, the one saved last first."""
+    found = [
+        (path.stat().st_mtime_ns, f"{name}/{path.relative_to(folder).as_posix()}")
+        for name, folder in _folders().items()
+        for path in folder.rglob("*.latent")
+        if path.is_file()
+    ]
+    return [entry for _, entry in sorted(found, reverse=True)]
+
+
+def find(entry: str) -> Path:
+    """The file that `entry` (one of `saved()`, or "newest") names.
+
+    Raises `T3Error` where there is none, and for a path that leads out of those folders.
+    """
+    if entry == NEWEST:
+        entries = saved()
+        if not entries:
+            raise T3Error("no latents have been saved yet: run a graph that ends in SaveLatent first.")
+        entry = entries[0]
+    name, _, rest = entry.partition("/")
+    folder = _folders().get(name)
+    path = (folder / rest).resolve() if folder else None
+    if folder is None or path is None or not path.is_relative_to(folder) or path.suffix != ".latent":
+        raise T3Error(f"{entry!r} is no .latent file under ComfyUI's output or input folder; choose one of the list.")
+    if not path.is_file():
+        raise T3Error(f"{entry!r} does not exist (any more). Choose another of the list, or {NEWEST!r}.")
+    return path
