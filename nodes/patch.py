@@ -24,6 +24,8 @@ from .forward_pass import ForwardPass, Settings, plan_forward_pass
 from .host_attention import host_attention
 
 KEY = "T3"
+# A block of so many tokens takes long enough that a wait in between costs nothing.
+WAIT_FROM_TOKENS = 32_768
 log = logging.getLogger("T3")
 
 
@@ -58,7 +60,7 @@ class T3SelfAttention:
         options = {} if transformer_options is None else transformer_options
         compiling = torch.compiler.is_compiling()
         if not compiling:
-            comfy.model_management.throw_exception_if_processing_interrupted()
+            stop_if_cancelled(x)
         current = self.installation.current
         partition = None if current is None else current.partitions[self.layer]
         if current is None or partition is None:
@@ -96,6 +98,17 @@ class T3SelfAttention:
         for patch in options.get("patches", {}).get("attn1_patch", ()):
             out = patch({"x": out, "q": q, "k": k, "transformer_options": options})
         return attn.o(out)
+
+
+def stop_if_cancelled(x: torch.Tensor) -> None:
+    """Raise the host's exception if the user pressed Cancel; called once a block, on the block's tokens `[B, N, dim]`.
+
+    At video sizes it waits for the card first: Python runs whole forward passes ahead of a GPU, and would look for
+    Cancel long before the user had time to press it. The wait leaves the card idle for microseconds a block.
+    """
+    if x.is_cuda and x.shape[1] >= WAIT_FROM_TOKENS:
+        torch.cuda.current_stream(x.device).synchronize()
+    comfy.model_management.throw_exception_if_processing_interrupted()
 
 
 def install(model, settings: Settings) -> list[str]:
