@@ -62,7 +62,7 @@ def text_conds(width: int = 4096):
 
 
 class Watch:
-    """A clone of a patcher that notes the batch size of each call, outside what may be compiled, and seconds of steps."""
+    """A clone of a patcher that notes the batch size of each call, outside what may be compiled, and its seconds."""
 
     def __init__(self, patcher) -> None:
         self.batches: list[int] = []
