@@ -326,6 +326,29 @@ def test_weights_stored_in_fp8(pack, tmp_path, windowed, storage):
     assert (patched - sample(model, latent)).norm() > 0.01 * patched.norm()
 
 
+def test_quantised_weights(pack, tmp_path, windowed):
+    """Scaled fp8, as the models people download are: the host keeps them as quantised tensors of its own."""
+    import comfy.sd
+    from safetensors.torch import load_file, save_file
+
+    path = host_models.write_dit(tmp_path / "dit.safetensors")
+    state, scaled = load_file(path), {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
+    for key, tensor in state.items():
+        if ".self_attn." in key and tensor.ndim == 2:
+            scale = tensor.abs().max() / 448
+            scaled[key] = (tensor / scale).to(torch.float8_e4m3fn)
+            scaled[key.removesuffix("weight") + "scale_weight"] = scale.reshape(1)
+        else:
+            scaled[key] = tensor
+    save_file(scaled, path, metadata=host_models.metadata())
+    model = comfy.sd.load_diffusion_model(str(path))
+    assert type(model.model.diffusion_model.blocks[0].self_attn.q.weight).__name__ == "QuantizedTensor"
+    latent = torch.zeros(LATENT)
+    patched = sample(with_t3(pack, model)[0], latent)
+    assert torch.isfinite(patched).all() and windowed.count
+    assert (patched - sample(model, latent)).norm() > 0.01 * patched.norm()
+
+
 def test_condition_and_negative_in_one_batch_or_apart(pack, dit, monkeypatch):
     """The same to rounding, whichever the host chooses."""
     patched, latent = with_t3(pack, dit())[0], torch.zeros(LATENT)
