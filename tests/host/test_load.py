@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -76,3 +77,20 @@ def test_registry_metadata():
     assert f'__version__ = "{project["project"]["version"]}"' in (ROOT / "t3/__init__.py").read_text(encoding="utf-8")
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     assert not any(line.lower().startswith("torch") for line in lines), "never replace the user's torch"
+
+
+def test_a_comfyui_user_needs_nothing_but_requirements_txt():
+    """The pack loads with all nodes where what only the command line needs is not installed."""
+    code = (
+        "import sys\n"
+        "for name in ('diffusers', 'accelerate', 'ftfy', 'peft', 'triton', 'hypothesis'): sys.modules[name] = None\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import asyncio, host_comfy\n"
+        "pack = host_comfy.load()\n"
+        "nodes = asyncio.run(asyncio.run(pack.comfy_entrypoint()).get_node_list())\n"
+        "print([node.GET_SCHEMA().node_id for node in nodes])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shipped = json.loads((Path(__file__).parent / "shipped_nodes.json").read_text())
+    assert set(re.findall(r"'(\w+)'", done.stdout.splitlines()[-1])) >= set(shipped)
