@@ -20,10 +20,11 @@ class T3Extension(ComfyExtension):
             from .latent import T3EmptyLatent
             from .load_latent import T3LoadLatent
             from .plan import T3Plan
+            from .preview import T3PlanPreview
         except ImportError as error:
             log.error("T3 has no nodes here: it needs ComfyUI %s or newer (%s).", host_version.TESTED, error)
             return []
-        return [T3Attention, T3Plan, T3EmptyLatent, T3LoadLatent]
+        return [T3Attention, T3Plan, T3PlanPreview, T3EmptyLatent, T3LoadLatent]
 
 
 async def comfy_entrypoint() -> T3Extension:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import comfy.model_management
 import torch
 from comfy_api.latest import io
@@ -9,9 +11,7 @@ from comfy_api.latest import io
 from ..t3 import Plan
 from ..t3.errors import T3Error
 from ..t3.plan_facts import plan_lines
-from .families import FAMILIES, SIZES, Video, video
-
-_MOST_PIXELS = 16384
+from .families import FAMILIES, MOST_FRAMES, MOST_PIXELS, SIZES, Video, video, widget_problem
 
 
 class T3EmptyLatent(io.ComfyNode):
@@ -42,7 +42,7 @@ class T3EmptyLatent(io.ComfyNode):
                     "frames",
                     default=81,
                     min=1,
-                    max=8193,
+                    max=MOST_FRAMES,
                     step=4,
                     tooltip="Frames of video: 1, 5, 9, ... 81, and so on.",
                 ),
@@ -51,7 +51,7 @@ class T3EmptyLatent(io.ComfyNode):
                     "width",
                     default=0,
                     min=0,
-                    max=_MOST_PIXELS,
+                    max=MOST_PIXELS,
                     step=16,
                     tooltip="0: that of the size above. Otherwise pixels, used instead.",
                     advanced=True,
@@ -60,7 +60,7 @@ class T3EmptyLatent(io.ComfyNode):
                     "height",
                     default=0,
                     min=0,
-                    max=_MOST_PIXELS,
+                    max=MOST_PIXELS,
                     step=16,
                     tooltip="0: that of the size above. Otherwise pixels, used instead.",
                     advanced=True,
@@ -73,24 +73,26 @@ class T3EmptyLatent(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, size, family, frames, width, height) -> bool | str:
+    def validate_inputs(cls, family=None, frames=None, width=None, height=None) -> bool | str:
         """What can be refused before the graph runs; a string is the reason."""
-        try:
-            video(size or next(iter(SIZES)), family or next(iter(FAMILIES)), frames or 1, width or 0, height or 0)
-        except T3Error as error:
-            return str(error)
-        return True
+        return widget_problem(family, frames, width, height)
 
     @classmethod
     def execute(cls, size, family, frames, batch_size, width=0, height=0) -> io.NodeOutput:
         clip = video(size, family, frames, width, height)
-        samples = torch.zeros([batch_size, *clip.latent], device=comfy.model_management.intermediate_device())
-        latent = {"samples": samples, "downscale_ratio_spacial": FAMILIES[family].scale}
-        return io.NodeOutput(latent, _report(clip, family))
+        shape = [batch_size, *clip.latent]
+        try:
+            samples = torch.zeros(shape, device=comfy.model_management.intermediate_device())
+        except (RuntimeError, MemoryError) as error:
+            gigabytes = math.prod(shape) * 4 / 1e9
+            raise T3Error(
+                f"empty latents of {clip}, batch {batch_size}, take {gigabytes:,.1f} GB and do not fit. "
+                "Choose a smaller size, fewer frames or a smaller batch."
+            ) from error
+        return io.NodeOutput({"samples": samples, "downscale_ratio_spacial": clip.family.scale}, _report(clip))
 
 
-def _report(clip: Video, family: str) -> str:
-    plan = Plan.for_latent_channels(FAMILIES[family].channels)
+def _report(clip: Video) -> str:
+    plan = Plan.for_latent_channels(clip.family.channels)
     shape = " x ".join(map(str, clip.latent))
-    first = f"{clip.width} x {clip.height} pixels, {clip.frames} frames; latents {shape}, for {family}."
-    return "\n".join([first, *plan_lines(plan, clip.grid)])
+    return "\n".join([f"{clip}; latents {shape}, for {clip.family.name}", *plan_lines(plan, clip.grid)])

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..t3.errors import T3Error
 from ..t3.latents import load_latents
+from .families import video_of_latents
 
 NEWEST = "newest"
 
@@ -38,10 +39,12 @@ class T3LoadLatent(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, latent) -> bool | str:
+    def validate_inputs(cls, latent=NEWEST) -> bool | str:
         """What can be refused before the graph runs; a string is the reason."""
+        if latent is None:  # comes over a link
+            return True
         try:
-            find(latent or NEWEST)
+            find(latent)
         except T3Error as error:
             return str(error)
         return True
@@ -49,6 +52,8 @@ class T3LoadLatent(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, latent) -> str:
         """Changes when the file does, or when `newest` is another."""
+        if latent is None:
+            return ""
         path = find(latent)
         return f"{path} {path.stat().st_mtime_ns} {path.stat().st_size}"
 
@@ -56,8 +61,9 @@ class T3LoadLatent(io.ComfyNode):
     def execute(cls, latent) -> io.NodeOutput:
         path = find(latent)
         samples, _ = load_latents(path)
+        clip = video_of_latents(samples.shape)
         shape = " x ".join(map(str, samples.shape))
-        return io.NodeOutput({"samples": samples}, f"{path}\nlatents {shape}, {4 * (samples.shape[2] - 1) + 1} frames")
+        return io.NodeOutput({"samples": samples}, f"{path}\n{clip}; latents {shape}, for {clip.family.name}")
 
 
 def _folders() -> dict[str, Path]:
@@ -71,12 +77,14 @@ def _folders() -> dict[str, Path]:
 
 def saved() -> list[str]:
     """Every `.latent` under the output and input folders, as `output/latents/name.latent`, the one saved last first."""
-    found = [
-        (path.stat().st_mtime_ns, f"{name}/{path.relative_to(folder).as_posix()}")
-        for name, folder in _folders().items()
-        for path in folder.rglob("*.latent")
-        if path.is_file()
-    ]
+    found = []
+    for name, folder in _folders().items():
+        for path in folder.rglob("*.latent"):
+            try:
+                if path.is_file():
+                    found.append((path.stat().st_mtime_ns, f"{name}/{path.relative_to(folder).as_posix()}"))
+            except OSError:  # removed meanwhile, or not ours to see
+                continue
     return [entry for _, entry in sorted(found, reverse=True)]
 
 
@@ -88,13 +96,23 @@ def find(entry: str) -> Path:
     if entry == NEWEST:
         entries = saved()
         if not entries:
-            raise T3Error("no latents have been saved yet: run a graph that ends in SaveLatent first.")
+            raise T3Error(
+                "there is no .latent file in ComfyUI's output or input folder yet: run a graph that ends in a "
+                "SaveLatent node first."
+            )
         entry = entries[0]
-    name, _, rest = entry.partition("/")
+    name, _, rest = str(entry).partition("/")
     folder = _folders().get(name)
-    path = (folder / rest).resolve() if folder else None
-    if folder is None or path is None or not path.is_relative_to(folder) or path.suffix != ".latent":
-        raise T3Error(f"{entry!r} is no .latent file under ComfyUI's output or input folder; choose one of the list.")
-    if not path.is_file():
+    not_one = T3Error(f"{entry!r} is no .latent file under ComfyUI's output or input folder; choose one of the list.")
+    if folder is None:
+        raise not_one
+    try:
+        path = (folder / rest).resolve()
+        there = path.is_file()
+    except (OSError, ValueError):  # a name no file can have
+        raise not_one from None
+    if not path.is_relative_to(folder) or path.suffix != ".latent":
+        raise not_one
+    if not there:
         raise T3Error(f"{entry!r} does not exist (any more). Choose another of the list, or {NEWEST!r}.")
     return path

@@ -67,12 +67,13 @@ class T3Plan(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, name, grid, layers, plan_json="") -> bool | str:
+    def validate_inputs(cls, name=None, grid=None, layers=None, plan_json="") -> bool | str:
         """What can be refused before the graph runs; a string is the reason."""
-        if None in (name, grid, layers):  # comes over a link
+        over_a_link = plan_json is None or (not plan_json.strip() and None in (name, grid, layers))
+        if over_a_link:
             return True
         try:
-            read_plan(name, grid, layers, plan_json or "")
+            read_plan(name, grid, layers, plan_json)
         except T3Error as error:
             return str(error)
         return True

@@ -1,0 +1,100 @@
+"""The pictures of the help pages, made of the same drawing as T3 Plan Preview."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from t3 import Grid, Partition, Plan
+from t3.attended import Axis, attended, token_at
+from t3.cost import ModelShape
+from t3.preview import BODY, COLOURS, FAINT, HEAD, INK, LOCAL, PAPER, SMALL, TITLE, draw_plan, font, frame_map, mark
+from t3.weights import known_config
+
+WIDTH, MARGIN = 900, 30
+MODEL = ModelShape.from_config(known_config("wan2.1-t2v-1.3b")), "Wan2.1 1.3B"
+GRID_4K = Grid(21, 136, 240)
+BLUE = tuple(COLOURS[LOCAL])
+
+
+def attention() -> Image.Image:
+    """One token's view: all tokens, a local and a strided window."""
+    grid, token, cell = Grid(1, 9, 15), (0, 4, 7), 17
+    image = Image.new("RGB", (WIDTH, 264), PAPER)
+    canvas = ImageDraw.Draw(image)
+    axes = attended(grid, Partition(1, 3, 5), token)
+    everything = tuple(Axis(np.ones(n, bool), np.ones(n, bool)) for n in grid)
+    nothing = tuple(np.zeros(n, bool) for n in grid)
+    views = (
+        ("full attention", everything),
+        ("local window", tuple(Axis(axis.local, none) for axis, none in zip(axes, nothing, strict=True))),
+        ("strided window", tuple(Axis(none, axis.strided) for axis, none in zip(axes, nothing, strict=True))),
+    )
+    for number, (label, view) in enumerate(views):
+        x, y = MARGIN + number * (grid.w * cell + 38), 84
+        canvas.text((x, MARGIN), label, font=font(TITLE), fill=INK)
+        image.paste(Image.fromarray(frame_map(view, 0, cell)), (x, y))
+        mark(canvas, x + token[2] * cell + cell // 2, y + token[1] * cell + cell // 2, cell)
+    return image
+
+
+def plan() -> Image.Image:
+    """A plan of two layers on a small video."""
+    layers = Plan("custom", Grid(21, 68, 120), (("each", 1, 1), (3, 4, 6)))
+    grid = layers.grid
+    return draw_plan(layers, grid, token_at(grid, (0.4, 0.4, 0.6)), *MODEL)
+
+
+def plan_preview() -> Image.Image:
+    """The released plan at 4K."""
+    title = "3840 x 2176 pixels, 81 frames"
+    return draw_plan(Plan.preset("wan2.1-4k"), GRID_4K, token_at(GRID_4K, (0.5, 0.5, 0.5)), *MODEL, title=title)
+
+
+def empty_latent() -> Image.Image:
+    """The sizes on offer, to scale."""
+    image = Image.new("RGB", (WIDTH, 540), PAPER)
+    canvas = ImageDraw.Draw(image)
+    sizes = (("4K", 3840, 2176), ("1440p", 2560, 1440), ("1080p", 1920, 1088), ("720p", 1280, 720))
+    for number, (name, width, height) in enumerate(sizes):
+        right, bottom = MARGIN + round(width * 840 / 3840), MARGIN + round(height * 840 / 3840)
+        shade = tuple(round(255 - (255 - c) * (0.15 + 0.2 * number)) for c in BLUE)
+        canvas.rectangle((MARGIN, MARGIN, right, bottom), fill=shade, outline=PAPER, width=2)
+        tokens = Grid.from_video(81, height, width, 16).tokens
+        canvas.text((right - 14, bottom - 34), f"{name}   {width} x {height}", font=font(BODY), fill=INK, anchor="rs")
+        canvas.text((right - 14, bottom - 10), f"{tokens:,} tokens", font=font(SMALL), fill=FAINT, anchor="rs")
+    return image
+
+
+def load_latent() -> Image.Image:
+    """From one graph to the next."""
+    image = Image.new("RGB", (WIDTH, 330), PAPER)
+    canvas = ImageDraw.Draw(image)
+    for y, heading, steps in (
+        (MARGIN, "First graph: hours", ("KSampler", "Save Latent", "output/latents")),
+        (180, "Second graph: minutes", ("T3 Load Latent", "VAE Decode", "Save Video")),
+    ):
+        canvas.text((MARGIN, y), heading, font=font(HEAD), fill=INK)
+        for number, step in enumerate(steps):
+            x, top = MARGIN + number * 290, y + 50
+            is_folder = "/" in step
+            fill = PAPER if is_folder else tuple(round(255 - (255 - c) * 0.3) for c in BLUE)
+            canvas.rounded_rectangle((x, top, x + 240, top + 56), 10, fill=fill, outline=FAINT, width=2)
+            canvas.text((x + 120, top + 28), step, font=font(BODY), fill=INK, anchor="mm")
+            if number < 2:
+                _arrow(canvas, x + 244, x + 286, top + 28)
+    return image
+
+
+def _arrow(canvas: ImageDraw.ImageDraw, start: int, end: int, y: int) -> None:
+    canvas.line((start, y, end - 8, y), fill=FAINT, width=3)
+    canvas.polygon(((end, y), (end - 12, y - 7), (end - 12, y + 7)), fill=FAINT)
+
+
+PICTURES = {
+    "T3Attention": attention,
+    "T3Plan": plan,
+    "T3PlanPreview": plan_preview,
+    "T3EmptyLatent": empty_latent,
+    "T3LoadLatent": load_latent,
+}

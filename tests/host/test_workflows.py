@@ -1,0 +1,137 @@
+"""The shipped workflows as files: up to date with their source, complete, and with the release's settings."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from t3.generate import DEFAULTS, NEGATIVE_PROMPT
+from tools import notes
+from tools.graph import NOTE, boxes, overlaps
+from tools.workflows import FOLDER, as_text, graphs
+
+pytest_plugins = ["host_fixtures"]
+
+NAMES = [graph.name for graph in graphs()]
+UI = {name: json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")) for name in NAMES}
+API = {name: json.loads((FOLDER / "api" / f"{name}.json").read_text(encoding="utf-8")) for name in NAMES}
+
+
+def of_kind(name: str, kind: str) -> list[dict]:
+    """The inputs of every node of this kind in a workflow's API twin."""
+    return [node["inputs"] for node in API[name].values() if node["class_type"] == kind]
+
+
+def texts(name: str) -> str:
+    return "\n".join(node["widgets_values"][0] for node in UI[name]["nodes"] if node["type"] == NOTE)
+
+
+def test_files_are_what_their_source_gives(host):
+    """`python -m tools.workflows URL` has been run since the source or a node's schema changed."""
+    info = host.object_info()
+    for graph in graphs():
+        for path, expected in (
+            (FOLDER / f"{graph.name}.json", graph.ui(info)),
+            (FOLDER / "api" / f"{graph.name}.json", graph.api(info)),
+        ):
+            assert path.read_text(encoding="utf-8") == as_text(expected), f"run python -m tools.workflows: {path.name}"
+
+
+def test_no_other_files():
+    """ComfyUI lists every JSON file at the root of the folder, and looks for a picture of the same name."""
+    expected = {f"{name}{suffix}" for name in NAMES for suffix in (".json", ".jpg")}
+    assert {path.name for path in FOLDER.iterdir() if path.is_file()} == expected
+    assert {path.name for path in (FOLDER / "api").iterdir()} == {f"{name}.json" for name in NAMES}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_safe_in_file_systems_and_addresses(name):
+    assert re.fullmatch(r"[\w. -]+", name, re.ASCII) and name == name.strip()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures(name):
+    from PIL import Image
+
+    path = FOLDER / f"{name}.jpg"
+    assert path.stat().st_size < 60_000
+    with Image.open(path) as image:
+        assert image.format == "JPEG" and image.width >= 400
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tidy(name):
+    """No node covers another; all lie in a column's group, but for notes; every note has a text."""
+    ui = UI[name]
+    assert overlaps(boxes(ui)) == []
+    for node in ui["nodes"]:
+        if node["type"] == NOTE:
+            assert len(node["widgets_values"][0]) > 50
+            continue
+        x, y = node["pos"]
+        assert any(
+            left <= x and x + node["size"][0] <= left + width and top <= y and y + node["size"][1] <= top + height
+            for left, top, width, height in (group["bounding"] for group in ui["groups"])
+        )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_model_file_is_named_in_a_note_with_link_and_folder(name):
+    loaded = {
+        value
+        for node in API[name].values()
+        for value in node["inputs"].values()
+        if isinstance(value, str) and value.endswith(".safetensors")
+    }
+    assert loaded
+    known = {
+        file.name: file
+        for file in (notes.TEXT_ENCODER, *(f for m in (notes.WAN21, notes.WAN22) for f in (m.dit, m.vae)))
+    }
+    offered = {file["name"] for node in UI[name]["nodes"] for file in node["properties"].get("models", ())}
+    assert offered == loaded
+    for file in loaded:
+        assert known[file].url in texts(name)
+        assert f"models/{known[file].folder}" in texts(name)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if of_kind(name, "KSampler")])
+def test_settings_are_the_releases(name):
+    (sampler,) = of_kind(name, "KSampler")
+    assert (sampler["sampler_name"], sampler["scheduler"], sampler["denoise"], sampler["cfg"]) == (
+        "euler",
+        "simple",
+        1,
+        5,
+    )
+    assert [inputs["shift"] for inputs in of_kind(name, "ModelSamplingSD3")] == [5]
+    assert 1000 % sampler["steps"] == 0
+    if "quick" not in name:
+        assert sampler["steps"] == DEFAULTS["steps"]
+    negative = API[name][sampler["negative"][0]]["inputs"]["text"]
+    assert negative == NEGATIVE_PROMPT
+    for inputs in of_kind(name, "CreateVideo"):
+        assert inputs["fps"] == DEFAULTS["fps"]
+    assert API[name][sampler["model"][0]]["class_type"] == "T3Attention"
+    assert "noise" in texts(name), "the notes must say what stock weights give"
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "image-to-video" in name])
+def test_image_to_video_says_that_it_is_unproven(name):
+    assert next(node["title"] for node in UI[name]["nodes"] if node["type"] == NOTE).startswith("UNPROVEN")
+    (size,) = of_kind(name, "Wan22ImageToVideoLatent")
+    assert (size["height"], size["width"], size["length"]) == (
+        DEFAULTS["height"],
+        DEFAULTS["width"],
+        DEFAULTS["frames"],
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reports_are_shown(name):
+    """Every report a T3 node gives in a workflow that samples or loads can be read in it."""
+    shown = {tuple(inputs["source"]) for inputs in of_kind(name, "PreviewAny")}
+    kinds = {API[name][number]["class_type"] for number, _ in shown}
+    assert kinds & {"T3Attention", "T3LoadLatent"}

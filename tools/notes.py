@@ -1,0 +1,159 @@
+"""Model files the workflows load, and the texts of their notes.
+
+No `code` in the notes: ComfyUI draws it blue on blue.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+HUB = "https://huggingface.co"
+RELEASE = f"{HUB}/APRIL-AIGC/T3-Video"
+WAN_2_1 = f"{HUB}/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files"
+WAN_2_2 = f"{HUB}/Comfy-Org/Wan_2.2_ComfyUI_Repackaged/resolve/main/split_files"
+
+
+@dataclass(frozen=True)
+class File:
+    """A model file: its name, the folder under `ComfyUI/models` it belongs in, and where to download it."""
+
+    name: str
+    folder: str
+    url: str
+
+    def __str__(self) -> str:
+        return f"- [{self.name}]({self.url})  \n  into models/{self.folder}"
+
+    @property
+    def entry(self) -> dict[str, str]:
+        """As the canvas wants it, to offer the download where the file is missing."""
+        return {"name": self.name, "url": self.url, "directory": self.folder}
+
+
+def _file(folder: str, url: str) -> File:
+    return File(url.rsplit("/", 1)[-1], folder, url)
+
+
+TEXT_ENCODER = _file("text_encoders", f"{WAN_2_1}/text_encoders/umt5_xxl_fp16.safetensors")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A released model: what the workflows need to know, and what was measured of it in ComfyUI at 4K (README.md)."""
+
+    name: str
+    family: str
+    dit: File
+    vae: File
+    peak_gib: int
+    step_seconds: float
+
+
+WAN21 = Model(
+    name="Wan2.1 1.3B",
+    family="Wan2.1, Wan2.2 14B",
+    dit=_file("diffusion_models", f"{RELEASE}/resolve/main/T3-Video-Wan2.1-T2V-1.3B.safetensors"),
+    vae=_file("vae", f"{WAN_2_1}/vae/wan_2.1_vae.safetensors"),
+    peak_gib=34,
+    step_seconds=13.4,
+)
+WAN22 = Model(
+    name="Wan2.2 5B",
+    family="Wan2.2 5B",
+    dit=_file("diffusion_models", f"{RELEASE}/resolve/main/T3-Video-Wan2.2-T2V-5B.safetensors"),
+    vae=_file("vae", f"{WAN_2_2}/vae/wan2.2_vae.safetensors"),
+    peak_gib=23,
+    step_seconds=7.1,
+)
+
+
+def files(*needed: File) -> str:
+    """The files to download."""
+    return "## Files\n\n" + "\n".join(map(str, needed))
+
+
+WEIGHTS = f"""## These weights, and no others
+
+T3 attention needs weights tuned for it. The authors' release is [{RELEASE.removeprefix(HUB + "/")}]({RELEASE}):
+whole models in safetensors, to be loaded like any other. **Stock Wan weights give noise.** Nobody can tell the
+two apart from the file, so check the name.
+
+Take the text encoder and the VAE from the links: Wan's own are *.pth* files, which can run code when they are
+opened. *umt5_xxl_fp8_e4m3fn_scaled* works too and needs half the memory; results then differ a little."""
+
+
+def needs_4k(model: Model, steps: int) -> str:
+    """What a 4K run takes."""
+    minutes = round(model.step_seconds * steps / 60)
+    return f"""## What it needs
+
+Sampling 3840x2176, 81 frames: **{model.peak_gib} GiB** of GPU memory and {model.step_seconds} s a step, so
+about {minutes} minutes for {steps} steps. Measured in ComfyUI on an H100 card with 80 GB. A card with less
+memory, or a slower one: begin with the 1080p workflow.
+
+Decoding: the frames alone are 8 GB of ordinary memory, and twice that while they are written (computed, not
+measured)."""
+
+
+def reading_report(model: Model) -> str:
+    """What the report node is for."""
+    return f"""## Did it work?
+
+The report shows which windows T3 chose and what to know about the run. T3 Attention's plan stays at *auto*:
+it takes the released plan for {model.name} and fits it to the size of the video. *dense* is full attention, to
+compare; at 4K it takes hours."""
+
+
+SETTINGS = """## Settings of the release
+
+euler, simple, shift 5, guidance (cfg) 5, 50 steps, 81 frames at 30 per second, and Wan's own negative prompt.
+ComfyUI draws the noise on the CPU, as the release does; it computes in higher precision in some places, so the
+same seed gives a similar clip, not the same bits.
+
+Keep steps that divide 1000 (50, 40, 25, 20, 10, 8): ComfyUI's *simple* scheduler picks from 1000 noise levels,
+and only then picks exactly those of the release."""
+
+QUICK = """## A quick look
+
+1080p and 20 steps, to try a prompt or a seed before a 4K run. The 4K run will not repeat the same picture:
+another size means other noise.
+
+**Why 20 steps?** ComfyUI's *simple* scheduler picks from 1000 noise levels. Where the steps divide 1000 (50,
+40, 25, 20, 10, 8) it picks exactly the levels of the release; with 30 it is slightly off.
+
+The released weights were tuned at 4K. At 1080p each layer keeps windows of about the size it was tuned for; how
+good the picture is at this size has not been checked."""
+
+PLAN_PREVIEW = """## The windows
+
+A picture of what one token attends to in each layer: a block around it (local) and a comb that spans the whole
+clip (strided), and what that costs. It is drawn for the size of the connected latents and needs no model: select
+the node and press the play button over it, and only the picture is made."""
+
+IMAGE_TO_VIDEO = """## Not proven
+
+The released Wan2.2 5B weights were tuned for **text to video**. Wan2.2 5B itself can start from an image, and
+this graph does what it does for that; whether the tuned weights still can has not been checked. Expect
+anything, and please tell what you see.
+
+Load your picture in *Load Image*. It is scaled and cropped to 3840x2176. Describe the motion in the prompt."""
+
+SAMPLE_FIRST = """## Step 1 of 2: sample, and keep the latents
+
+This graph ends at a *.latent* file in ComfyUI's *output/latents*. It holds everything that took long. Whatever
+happens later, a decode that runs out of memory or a player that dislikes the file, sampling need not be done
+again.
+
+Then open **step 2**. It loads the newest latents and decodes them; several times if you like, with other
+settings."""
+
+DECODE_LATER = """## Step 2 of 2: decode
+
+*T3 Load Latent* lists what *Save Latent* wrote; *newest* takes the last one. Press *R* to list files made since
+the page was opened. A *.latent* file of this project's command line opens here too: put it into ComfyUI's
+*output/latents* or *input*.
+
+For latents of Wan2.2 5B choose *wan2.2_vae.safetensors* in *Load VAE*.
+
+The frames of 3840x2176, 81 frames, are 8 GB of ordinary memory, and twice that while they are written
+(computed, not measured). Short of GPU memory? Make *tile_size* smaller."""

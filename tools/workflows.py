@@ -1,0 +1,209 @@
+"""Write `workflows/`: `python -m tools.workflows URL`, where URL is a running ComfyUI that has this pack.
+
+Each graph is described here once; `graph.py` writes it for the canvas (`workflows/`) and for the server
+(`workflows/api/`), `thumbnails.py` draws its picture for the template browser.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from t3.generate import DEFAULTS, NEGATIVE_PROMPT
+
+from . import notes
+from .graph import Column, Graph, Link
+from .notes import TEXT_ENCODER, WAN21, WAN22, Model
+from .thumbnails import draw
+
+FOLDER = Path(__file__).resolve().parent.parent / "workflows"
+SHIFT, GUIDANCE = 5.0, 5.0
+STEPS, FRAMES, FPS = DEFAULTS["steps"], DEFAULTS["frames"], DEFAULTS["fps"]
+QUICK_STEPS = 20
+LATENTS = "latents/t3"
+GREEN, RED = ("#232", "#353"), ("#322", "#533")
+PROMPT = (
+    "A small wooden sailing boat in a storm, seen from a drone that circles it slowly. Dark green waves with white "
+    "foam, rain in the evening light, every rope and every drop in sharp focus, the sail torn at one corner. "
+    "Cinematic, natural colours, slow motion."
+)
+IMAGE_PROMPT = "The scene comes to life: a light wind, slow natural motion, the camera moves forward very slowly."
+
+
+def graphs() -> list[Graph]:
+    """Every workflow of the pack."""
+    return [
+        text_to_video(WAN21),
+        quick_look(WAN21),
+        sample_first(WAN21),
+        decode_later(WAN21),
+        text_to_video(WAN22),
+        image_to_video(WAN22),
+    ]
+
+
+def text_to_video(model: Model) -> Graph:
+    graph = Graph(f"{model.name} T3 4K text-to-video")
+    about(graph, model, notes.needs_4k(model, STEPS), notes.SETTINGS)
+    latent = sampled(graph, model, "4K landscape", STEPS)
+    decoded(graph, latent, model)
+    return graph
+
+
+def quick_look(model: Model) -> Graph:
+    graph = Graph(f"{model.name} T3 1080p quick look")
+    about(graph, model, notes.QUICK)
+    latent = sampled(graph, model, "1080p landscape", QUICK_STEPS)
+    decoded(graph, latent, model)
+    empty = next(node for node in graph.nodes if node.kind == "T3EmptyLatent")
+    windows = graph.column("Look at the windows", 520)
+    note(windows, "T3 Plan Preview", notes.PLAN_PREVIEW)
+    windows.add("T3PlanPreview", tall=960, latent=empty["latent"])
+    return graph
+
+
+def sample_first(model: Model) -> Graph:
+    graph = Graph(f"{model.name} T3 4K step 1 sample")
+    about(graph, model, notes.SAMPLE_FIRST, notes.needs_4k(model, STEPS))
+    latent = sampled(graph, model, "4K landscape", STEPS)
+    keep = graph.column("Keep the latents", 320)
+    keep.add("SaveLatent", samples=latent, filename_prefix=LATENTS)
+    return graph
+
+
+def decode_later(model: Model) -> Graph:
+    graph = Graph(f"{model.name} T3 4K step 2 decode")
+    column = graph.column("", 440)
+    note(column, "Decode later: step 2", notes.DECODE_LATER)
+    note(column, "Where the file comes from", notes.files(model.vae))
+    loaded = graph.column("Latents", 340).add("T3LoadLatent")
+    report(graph.columns[-1], loaded["report"], "Report")
+    decoded(graph, loaded["latent"], model)
+    return graph
+
+
+def image_to_video(model: Model) -> Graph:
+    graph = Graph(f"{model.name} T3 4K image-to-video")
+    about(graph, model, notes.IMAGE_TO_VIDEO, notes.needs_4k(model, STEPS), title="UNPROVEN: image to video")
+
+    def start(column: Column, vae: Link) -> Link:
+        image = column.add("LoadImage", "Start image", tall=340, image="example.png")
+        size = {"width": DEFAULTS["width"], "height": DEFAULTS["height"], "length": FRAMES}
+        return column.add("Wan22ImageToVideoLatent", vae=vae, start_image=image["IMAGE"], **size)["LATENT"]
+
+    latent = sampled(graph, model, start, STEPS, prompt=IMAGE_PROMPT)
+    decoded(graph, latent, model)
+    return graph
+
+
+def about(graph: Graph, model: Model, *texts: str, title: str = "Read me first") -> None:
+    """The notes on the left: this workflow, its files, its weights."""
+    column = graph.column("", 440)
+    note(column, title, "\n\n".join(texts))
+    note(column, "Files and weights", f"{notes.files(model.dit, TEXT_ENCODER, model.vae)}\n\n{notes.WEIGHTS}")
+    note(column, "What the report says", notes.reading_report(model))
+
+
+def note(column: Column, title: str, text: str) -> None:
+    # Lines of the source are for its reader; on the canvas a paragraph flows.
+    paragraphs = [part if part.startswith("- ") else " ".join(part.split("\n")) for part in text.split("\n\n")]
+    flowing = "\n\n".join(paragraphs)
+    column.note(title, flowing)
+
+
+def sampled(graph: Graph, model: Model, size: Any, steps: int, prompt: str = PROMPT) -> Link:
+    """Loaders, T3, prompts and sampler, with the release's settings; gives the latents.
+
+    `size` is one of T3 Empty Latent's, or a function that adds nodes for the latents to a column, given the VAE.
+    """
+    models = graph.column("Models", 340)
+    dit = models.add("UNETLoader", files=[model.dit.entry], unet_name=model.dit.name)
+    clip = models.add("CLIPLoader", files=[TEXT_ENCODER.entry], clip_name=TEXT_ENCODER.name, type="wan")
+    vae = None
+    if callable(size):
+        vae = load_vae(models, model)
+    t3 = graph.column("T3 and size", 340)
+    shifted = t3.add("ModelSamplingSD3", model=dit["MODEL"], shift=SHIFT)
+    windowed = t3.add("T3Attention", model=shifted["MODEL"])
+    if callable(size):
+        latent = size(t3, vae)
+    else:
+        latent = t3.add("T3EmptyLatent", size=size, family=model.family, frames=FRAMES)["latent"]
+    prompts = graph.column("Prompt", 420)
+    positive = prompts.add("CLIPTextEncode", "Prompt", tall=220, color=GREEN, clip=clip["CLIP"], text=prompt)
+    negative = prompts.add(
+        "CLIPTextEncode",
+        "Negative prompt (Wan's own)",
+        tall=220,
+        color=RED,
+        clip=clip["CLIP"],
+        text=NEGATIVE_PROMPT,
+    )
+    sampling = graph.column("Sample", 380)
+    sampler = sampling.add(
+        "KSampler",
+        model=windowed["model"],
+        positive=positive["CONDITIONING"],
+        negative=negative["CONDITIONING"],
+        latent_image=latent,
+        seed=0,
+        steps=steps,
+        cfg=GUIDANCE,
+        sampler_name="euler",
+        scheduler="simple",
+        denoise=1.0,
+    )
+    report(sampling, windowed["report"], "What T3 Attention did")
+    return sampler["LATENT"]
+
+
+def load_vae(column: Column, model: Model) -> Link:
+    return column.add("VAELoader", files=[model.vae.entry], vae_name=model.vae.name)["VAE"]
+
+
+def report(column: Column, text: Link, title: str) -> None:
+    column.add("PreviewAny", title, tall=260, source=text)
+
+
+def decoded(graph: Graph, latent: Link, model: Model) -> None:
+    """VAE decode and the video file."""
+    existing = [node for node in graph.nodes if node.kind == "VAELoader"]
+    column = graph.column("Decode and save", 460)
+    vae = existing[0]["VAE"] if existing else load_vae(column, model)
+    images = decode(column, latent, vae)
+    video = column.add("CreateVideo", images=images, fps=float(FPS))
+    column.add("SaveVideo", tall=340, video=video["VIDEO"], filename_prefix="video/t3")
+
+
+def decode(column: Column, latent: Link, vae: Link) -> Link:
+    # All of time at once: the VAE carries its state from frame to frame, and a cut in time would show.
+    tiles = {"tile_size": 512, "overlap": 64, "temporal_size": 4096, "temporal_overlap": 8}
+    return column.add("VAEDecodeTiled", samples=latent, vae=vae, **tiles)["IMAGE"]
+
+
+def write(info: dict[str, Any], folder: Path = FOLDER) -> None:
+    """All workflows and their pictures into `folder`."""
+    (folder / "api").mkdir(parents=True, exist_ok=True)
+    for graph in graphs():
+        (folder / f"{graph.name}.json").write_text(as_text(graph.ui(info)), encoding="utf-8")
+        (folder / "api" / f"{graph.name}.json").write_text(as_text(graph.api(info)), encoding="utf-8")
+        draw(graph.name, folder / f"{graph.name}.jpg")
+
+
+def as_text(graph: dict[str, Any]) -> str:
+    return json.dumps(graph, indent=1, ensure_ascii=False) + "\n"
+
+
+def object_info(url: str) -> dict[str, Any]:
+    """What the ComfyUI at `url` says about its nodes."""
+    with urllib.request.urlopen(f"{url.rstrip('/')}/object_info") as answer:
+        return json.load(answer)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    write(object_info(sys.argv[1]))
