@@ -1,9 +1,11 @@
-"""The two families of Wan latents, the sizes people want, and what is legal for whom."""
+"""The two families of Wan latents, the sizes people want, what is legal for whom, and the inputs that ask for it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
+
+from comfy_api.latest import io
 
 from ..t3 import Grid
 from ..t3.cost import ModelShape
@@ -82,6 +84,48 @@ def video(size: str, family: str, frames: int, width: int = 0, height: int = 0) 
     grid = Grid.from_video(frames, height, width, kind.pixels_per_token)
     latent = (kind.channels, grid.t, height // kind.scale, width // kind.scale)
     return Video(kind, frames, height, width, grid, latent)
+
+
+def size_inputs(remark: str = "") -> list[io.Input]:
+    """The inputs `size`, `family` and `frames`; `remark` ends their tooltips."""
+    return [
+        io.Combo.Input(
+            "size",
+            options=list(SIZES),
+            default=next(iter(SIZES)),
+            tooltip="Picture size. 4K is 3840x2176, the size T3 was released for; crop to 2160 rows later." + remark,
+        ),
+        io.Combo.Input(
+            "family",
+            options=list(FAMILIES),
+            default=next(iter(FAMILIES)),
+            tooltip="Which model it is for: one with the Wan2.1 VAE (16 channels), or Wan2.2 5B (48)." + remark,
+        ),
+        io.Int.Input(
+            "frames",
+            default=81,
+            min=1,
+            max=MOST_FRAMES,
+            step=VIDEO_FRAMES_PER_LATENT,
+            tooltip="Frames of video: 1, 5, 9, ... 81, and so on." + remark,
+        ),
+    ]
+
+
+def pixel_inputs() -> list[io.Input]:
+    """The inputs `width` and `height`, for sizes that have no name."""
+    return [
+        io.Int.Input(
+            name,
+            default=0,
+            min=0,
+            max=MOST_PIXELS,
+            step=16,
+            tooltip="0: that of the size above. Otherwise pixels, used instead.",
+            advanced=True,
+        )
+        for name in ("width", "height")
+    ]
 
 
 def widget_problem(family: str | None, frames: int | None, width: int | None, height: int | None) -> bool | str:

@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ..t3 import Plan
 from ..t3.errors import T3Error
 from ..t3.plan_facts import plan_lines
-from .families import FAMILIES, MOST_FRAMES, MOST_PIXELS, SIZES, Video, video, widget_problem
+from .families import Video, pixel_inputs, size_inputs, video, widget_problem
 
 
 class T3EmptyLatent(io.ComfyNode):
@@ -26,45 +26,9 @@ class T3EmptyLatent(io.ComfyNode):
             description="Empty video latents of a size that is legal for the model, and what sampling them costs.",
             search_aliases=["empty video latent", "4k latent", "wan latent", "resolution", "size"],
             inputs=[
-                io.Combo.Input(
-                    "size",
-                    options=list(SIZES),
-                    default="4K landscape",
-                    tooltip="Picture size. 4K is 3840x2176, the size T3 was released for; crop to 2160 rows later.",
-                ),
-                io.Combo.Input(
-                    "family",
-                    options=list(FAMILIES),
-                    default=next(iter(FAMILIES)),
-                    tooltip="Which model they are for: one with the Wan2.1 VAE (16 channels), or Wan2.2 5B (48).",
-                ),
-                io.Int.Input(
-                    "frames",
-                    default=81,
-                    min=1,
-                    max=MOST_FRAMES,
-                    step=4,
-                    tooltip="Frames of video: 1, 5, 9, ... 81, and so on.",
-                ),
+                *size_inputs(),
                 io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="How many clips to sample at once."),
-                io.Int.Input(
-                    "width",
-                    default=0,
-                    min=0,
-                    max=MOST_PIXELS,
-                    step=16,
-                    tooltip="0: that of the size above. Otherwise pixels, used instead.",
-                    advanced=True,
-                ),
-                io.Int.Input(
-                    "height",
-                    default=0,
-                    min=0,
-                    max=MOST_PIXELS,
-                    step=16,
-                    tooltip="0: that of the size above. Otherwise pixels, used instead.",
-                    advanced=True,
-                ),
+                *pixel_inputs(),
             ],
             outputs=[
                 io.Latent.Output("LATENT", display_name="latent", tooltip="Empty latents, for KSampler."),

@@ -11,7 +11,7 @@ from ..t3 import Plan
 from ..t3.attended import token_at
 from ..t3.plan import PRESETS
 from ..t3.plan_facts import plan_lines
-from .families import FAMILIES, MOST_FRAMES, MOST_PIXELS, SIZES, Video, video, video_of_latents, widget_problem
+from .families import Video, pixel_inputs, size_inputs, video, video_of_latents, widget_problem
 from .types import T3PlanType
 
 AUTO, ALL_LAYERS = "auto", -1
@@ -40,26 +40,7 @@ class T3PlanPreview(io.ComfyNode):
                     default=AUTO,
                     tooltip="Which plan to draw. auto: the released plan of the model's family, as in T3 Attention.",
                 ),
-                io.Combo.Input(
-                    "size",
-                    options=list(SIZES),
-                    default=next(iter(SIZES)),
-                    tooltip="Picture size of the video. Not used if a latent is connected.",
-                ),
-                io.Combo.Input(
-                    "family",
-                    options=list(FAMILIES),
-                    default=next(iter(FAMILIES)),
-                    tooltip="Which model the video is for. Not used if a latent is connected.",
-                ),
-                io.Int.Input(
-                    "frames",
-                    default=81,
-                    min=1,
-                    max=MOST_FRAMES,
-                    step=4,
-                    tooltip="Frames of video: 1, 5, 9, ... 81, and so on. Not used if a latent is connected.",
-                ),
+                *size_inputs(" Not used if a latent is connected."),
                 io.Int.Input(
                     "layer",
                     default=ALL_LAYERS,
@@ -82,18 +63,7 @@ class T3PlanPreview(io.ComfyNode):
                         ("width", "left column", "right column"),
                     )
                 ),
-                *(
-                    io.Int.Input(
-                        name,
-                        default=0,
-                        min=0,
-                        max=MOST_PIXELS,
-                        step=16,
-                        tooltip="0: that of the size above. Otherwise pixels, used instead.",
-                        advanced=True,
-                    )
-                    for name in ("width", "height")
-                ),
+                *pixel_inputs(),
                 T3PlanType.Input(
                     "custom_plan",
                     optional=True,

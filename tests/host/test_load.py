@@ -71,6 +71,7 @@ def test_registry_metadata():
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     comfy = project["tool"]["comfy"]
+    assert comfy["PublisherId"] and comfy["DisplayName"]
     assert (ROOT / comfy["Icon"]).exists()
     assert comfy["requires-comfyui"].startswith(">=")
     assert re.fullmatch(r"[a-z][a-z0-9]*([-_.][a-z0-9]+)*", project["project"]["name"])
