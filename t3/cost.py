@@ -43,6 +43,16 @@ class ModelShape:
         )
 
 
+def short(number: float) -> str:
+    """For people: a positive number with three digits, or with all of those before the point."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def macs_text(macs: int) -> str:
+    """For people: MACs in units of 10^12 (T), or of 10^9 (G) where that is less than one."""
+    return f"{short(macs / 1e12)} T" if macs >= 1e12 else f"{short(macs / 1e9)} G"
+
+
 def branch_pairs(grid: Grid, partition: Partition, global_tokens: int = 0) -> int:
     """Query-key pairs of one grouping's windows; global tokens are keys of every window."""
     return sum(n * size * (size + global_tokens) for n, size in partition.window_classes(grid))

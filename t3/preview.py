@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .attended import Axis, attended, attended_count
-from .cost import ModelShape, attention_pairs, model_cost
+from .cost import ModelShape, attention_pairs, macs_text, model_cost
 from .errors import T3Error
 from .plan import Grid, Partition, Plan
 from .plan_facts import layer_facts
@@ -321,7 +321,7 @@ def _draw_totals(
         end = start + max(2, round(macs / longest * (right - room - start)))
         canvas.text((MARGIN, y + _BAR // 2), label, font=font(BODY), fill=INK, anchor="lm")
         canvas.rectangle((start, y, end, y + _BAR), fill=_BAR_COLOUR)
-        text = f"{_tera(macs)} MACs, {_percent(share)}"
+        text = f"{macs_text(macs)} MACs, {_percent(share)}"
         canvas.text((end + 14, y + _BAR // 2), text, font=font(BODY), fill=INK, anchor="lm")
         y += _BAR + 14
     warning = "T3 needs weights that were tuned for it. Stock weights give noise."
@@ -330,11 +330,3 @@ def _draw_totals(
 
 def _percent(share: float) -> str:
     return f"{share:.0%}" if share >= 0.1 else f"{share:.2%}" if share >= 0.001 else f"{100 * share:.2g}%"
-
-
-def _tera(macs: int) -> str:
-    """MACs in units of 10^12, or of 10^9 where that is less than one."""
-    tera = macs / 1e12
-    if tera < 1:
-        return f"{1000 * tera:,.3g} G"
-    return f"{tera:,.0f} T" if tera >= 100 else f"{tera:.3g} T"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from .cost import ModelShape, model_cost
+from .cost import ModelShape, macs_text, model_cost, short
 from .plan import Grid, Plan
 from .plan_facts import layer_facts, layer_line
 from .sources import Sources
@@ -67,11 +67,13 @@ def fact_lines(facts: dict[str, Any]) -> list[str]:
     lines.append(f"grid       {' x '.join(map(str, facts['grid']))} = {facts['tokens']:,} tokens")
     lines += [layer_line(layer) + "; layers " + ", ".join(map(str, layer["layers"])) for layer in facts["layers"]]
     lines.append(
-        f"attention  {_tera(macs['attention_t3'])} MACs a forward pass "
-        f"(as released {_tera(macs['attention_released'])}, dense {_tera(macs['attention_dense'])})"
+        f"attention  {macs_text(macs['attention_t3'])} MACs a forward pass "
+        f"(as released {macs_text(macs['attention_released'])}, dense {macs_text(macs['attention_dense'])})"
     )
-    lines.append(f"model      {_tera(macs['model_t3'])} MACs a forward pass (dense {_tera(macs['model_dense'])})")
-    lines.append(f"clip       {facts['forward_passes']} forward passes, {facts['flops_of_clip'] / 1e15:,.3g} PFLOP")
+    lines.append(
+        f"model      {macs_text(macs['model_t3'])} MACs a forward pass (dense {macs_text(macs['model_dense'])})"
+    )
+    lines.append(f"clip       {facts['forward_passes']} forward passes, {short(facts['flops_of_clip'] / 1e15)} PFLOP")
     lines.append(
         f"memory     {memory['transformer'] / 2**30:.1f} GiB of transformer weights and about "
         f"{memory['activations'] / 2**30:.1f} GiB of activations in {memory['dtype']}, batch 1; text encoder and VAE "
@@ -83,7 +85,3 @@ def fact_lines(facts: dict[str, Any]) -> list[str]:
 def warns(facts: dict[str, Any]) -> bool:
     """Whether the user must be told that un-tuned weights give noise: windows are used and nothing says "tuned"."""
     return facts["tuned"] == "cannot tell" and any(layer["windows"] > 1 for layer in facts["layers"])
-
-
-def _tera(macs: int) -> str:
-    return f"{macs / 1e12:,.4g} T"

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from t3 import Grid, Partition, Plan
-from t3.cost import ModelShape, attention_pairs, model_cost
+from t3.cost import ModelShape, attention_pairs, macs_text, model_cost
 from t3.kernels.attention.naive import local_groups, strided_groups, windows
 from t3.weights import known_config
 
@@ -77,3 +77,18 @@ def test_whole_model_matches_parameters_times_tokens():
 def test_activation_memory_is_near_what_was_measured(model, plan, grid, measured):
     cost = model_cost(ModelShape.from_config(known_config(model)), Plan.preset(plan), grid)
     assert cost.activation_bytes / 2**30 == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("macs", "text"),
+    [
+        (43_299e12, "43,299 T"),
+        (594e12, "594 T"),
+        (2.5e12, "2.5 T"),
+        (12.34e12, "12.3 T"),
+        (0.9e12, "900 G"),
+        (5e6, "0.005 G"),
+    ],
+)
+def test_macs_are_written_without_exponents(macs, text):
+    assert macs_text(int(macs)) == text
