@@ -125,9 +125,7 @@ def install(model, settings: Settings) -> list[str]:
     if foreign:
         notes.append(f"Replaces the self-attention patch of {', '.join(foreign)}: the later patch wins.")
     if found.left_dense:
-        notes.append(
-            f"These compute self-attention in a way of their own and stay dense: {', '.join(found.left_dense)}."
-        )
+        notes.append(f"Stay dense, being attention of another kind: {', '.join(found.left_dense)}.")
     _put(model, found.windowed, Installation(settings))
     return notes
 

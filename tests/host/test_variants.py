@@ -137,3 +137,24 @@ def test_the_plan_layer_of_a_vace_block_is_that_of_the_block_it_joins(pack):
     }
     assert layers == {f"diffusion_model.vace_blocks.{j}.self_attn.forward": i for j, i in enumerate((0, 3))}
     assert len(patched.object_patches) == 6 + 2
+
+
+def test_a_part_of_another_kind_stays_dense_and_is_named(pack):
+    """A block whose self-attention is a class of somebody's own: what that computes is not known here."""
+    patcher = host_models.patcher("t2v")
+    blocks = patcher.model.diffusion_model.blocks
+    attn = blocks[1].self_attn
+    attn.__class__ = type("SelfAttentionOfAnotherKind", (type(attn),), {})
+    patched, report = with_t3(pack, patcher)
+    assert "4 self-attentions" in report
+    assert "Stay dense, being attention of another kind: blocks.1.self_attn." in report
+    x, text = torch.randn(1, 16, *LATENT), torch.randn(1, 7, 48)
+    kinds = []
+    hooks = [
+        block.self_attn.register_forward_pre_hook(lambda module, args: kinds.append("forward" in module.__dict__))
+        for block in blocks
+    ]
+    assert torch.isfinite(forward(patched, x, text=text)).all()
+    for hook in hooks:
+        hook.remove()
+    assert kinds == [True, False, True, True, True]
