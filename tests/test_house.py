@@ -42,3 +42,14 @@ def test_the_pack_imports_its_own_parts_relatively(path):
 def test_the_entry_point_offers_v3_nodes_only():
     """ComfyUI drops V3 nodes in silence where the old mapping exists too."""
     assert "NODE_CLASS_MAPPINGS" not in (ROOT / "__init__.py").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "__init__.py", *sources("nodes")], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_importing_the_pack_only_imports(path):
+    """No call, loop or file is there to run when ComfyUI starts; names and classes are made, nothing else."""
+    made = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        assert isinstance(node, made) or docstring, f"line {node.lineno}"

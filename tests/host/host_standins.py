@@ -73,7 +73,7 @@ def _vae21() -> dict[str, torch.Tensor]:
     from comfy.ldm.wan.vae import WanVAE
 
     vae = WanVAE(dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, temperal_downsample=[False, True, True])
-    return _random(vae, 1)
+    return random_state(vae, 1)
 
 
 def _vae22() -> dict[str, torch.Tensor]:
@@ -84,10 +84,10 @@ def _vae22() -> dict[str, torch.Tensor]:
         vae = WanVAE(
             dim=160, z_dim=48, dim_mult=[1, 2, 4, 4], num_res_blocks=2, temperal_downsample=[False, True, True]
         )
-    return _random(vae, 2)
+    return random_state(vae, 2)
 
 
-def _random(module: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]:
+def random_state(module: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]:
     """Random half-precision weights that keep the scale of what passes through them."""
     generator = torch.Generator().manual_seed(seed)
     # Drawing hundreds of millions of numbers takes long; the same million over and over will do.
@@ -113,4 +113,4 @@ def _text_encoder() -> dict[str, torch.Tensor]:
 
     with torch.device("meta"):
         model = t5.T5(config, torch.float16, "meta", comfy.ops.disable_weight_init)
-    return _random(model, 3)
+    return random_state(model, 3)
