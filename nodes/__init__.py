@@ -21,10 +21,19 @@ class T3Extension(ComfyExtension):
             from .load_latent import T3LoadLatent
             from .plan import T3Plan
             from .preview import T3PlanPreview
+            from .vae_decode import T3VAEDecode, T3VAEDecodeToVideo
         except ImportError as error:
             log.error("T3 has no nodes here: it needs ComfyUI %s or newer (%s).", host_version.TESTED, error)
             return []
-        return [T3Attention, T3Plan, T3PlanPreview, T3EmptyLatent, T3LoadLatent]
+        return [
+            T3Attention,
+            T3Plan,
+            T3PlanPreview,
+            T3EmptyLatent,
+            T3LoadLatent,
+            T3VAEDecode,
+            T3VAEDecodeToVideo,
+        ]
 
 
 async def comfy_entrypoint() -> T3Extension:

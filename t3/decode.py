@@ -66,7 +66,7 @@ def _decode(args: argparse.Namespace) -> int:
 
         device = pick_device(args.device)
         dtype = DTYPES[pick_dtype(args.dtype, device)]
-        vae = load_vae(vae_path, dtype=dtype).to(device)
+        vae = load_vae(vae_path, dtype=dtype)
     check_latents(latents, vae)
     if latents.shape[0] > 1:
         cli.say(f"{args.latents} holds {latents.shape[0]} clips; decoding the first.")

@@ -14,6 +14,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .audio import Audio, AudioTrack
 from .errors import T3Error
 from .files import atomic_folder, atomic_path, check_output, check_output_folder
 
@@ -229,7 +230,12 @@ class VideoWriter(_Writer):
     """H.264 or H.265 in .mp4, .mkv or .mov: 4:2:0, BT.709, limited range, converted and tagged as such.
 
     The arguments are described at the shared base; `with VideoWriter("clip.mp4", width=..., ...) as out:`.
+    audio: goes beside the picture, as AAC, and ends with it at the latest.
     """
+
+    def __init__(self, path: str | os.PathLike[str], *, audio: Audio | None = None, **options: Any) -> None:
+        self._audio = None if audio is None else audio.checked()
+        super().__init__(path, **options)
 
     def _named(self, path: str | os.PathLike[str]) -> str:
         if check_video_path(path) != "video":
@@ -252,10 +258,13 @@ class VideoWriter(_Writer):
                 with self._errors():
                     container.metadata.update(self.metadata)
                     self._stream = self._add_stream(container)
+                    self._sound = None if self._audio is None else AudioTrack(container, self._audio)
                 self._container = container
                 yield
                 with self._errors():
                     container.mux(self._stream.encode(None))
+                    if self._sound is not None:
+                        self._sound.finish()
                     container.close()
             except BaseException:
                 # Closed before the file goes: Windows does not remove open files.
@@ -292,6 +301,8 @@ class VideoWriter(_Writer):
         picture.colorspace, picture.color_range = _BT709, _LIMITED
         picture.pts, picture.time_base = self.frames_written, 1 / self.rate
         self._container.mux(self._stream.encode(picture))
+        if self._sound is not None:
+            self._sound.advance((self.frames_written + 1) / self.rate)
 
 
 class PngWriter(_Writer):

@@ -173,15 +173,9 @@ def decoded(graph: Graph, latent: Link, model: Model) -> None:
     existing = [node for node in graph.nodes if node.kind == "VAELoader"]
     column = graph.column("Decode and save", 460)
     vae = existing[0]["VAE"] if existing else load_vae(column, model)
-    images = decode(column, latent, vae)
-    video = column.add("CreateVideo", images=images, fps=float(FPS))
-    column.add("SaveVideo", tall=340, video=video["VIDEO"], filename_prefix="video/t3")
-
-
-def decode(column: Column, latent: Link, vae: Link) -> Link:
-    # All of time at once: the VAE carries its state from frame to frame, and a cut in time would show.
-    tiles = {"tile_size": 512, "overlap": 64, "temporal_size": 4096, "temporal_overlap": 8}
-    return column.add("VAEDecodeTiled", samples=latent, vae=vae, **tiles)["IMAGE"]
+    video = column.add("T3VAEDecodeToVideo", samples=latent, vae=vae, fps=float(FPS))
+    report(column, video["report"], "How the decode went")
+    column.add("SaveVideo", tall=340, video=video["video"], filename_prefix="video/t3")
 
 
 def write(info: dict[str, Any], folder: Path = FOLDER) -> None:

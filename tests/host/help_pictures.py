@@ -8,13 +8,31 @@ from PIL import Image, ImageDraw
 from t3 import Grid, Partition, Plan
 from t3.attended import Axis, attended, token_at
 from t3.cost import ModelShape
-from t3.preview import BODY, COLOURS, FAINT, HEAD, INK, LOCAL, PAPER, SMALL, TITLE, draw_plan, font, frame_map, mark
+from t3.preview import (
+    BODY,
+    COLOURS,
+    FAINT,
+    HEAD,
+    INK,
+    LOCAL,
+    PAPER,
+    SMALL,
+    STRIDED,
+    TITLE,
+    draw_plan,
+    font,
+    frame_map,
+    mark,
+)
+from t3.vae.structure import read_structure
+from t3.vae.tiles import Window, cores, tile_windows
 from t3.weights import known_config
+from t3.weights.layout_vae import vae_layout
 
 WIDTH, MARGIN = 900, 30
 MODEL = ModelShape.from_config(known_config("wan2.1-t2v-1.3b")), "Wan2.1 1.3B"
 GRID_4K = Grid(21, 136, 240)
-BLUE = tuple(COLOURS[LOCAL])
+BLUE, ORANGE = tuple(COLOURS[LOCAL]), tuple(COLOURS[STRIDED])
 
 
 def attention() -> Image.Image:
@@ -58,8 +76,9 @@ def empty_latent() -> Image.Image:
     sizes = (("4K", 3840, 2176), ("1440p", 2560, 1440), ("1080p", 1920, 1088), ("720p", 1280, 720))
     for number, (name, width, height) in enumerate(sizes):
         right, bottom = MARGIN + round(width * 840 / 3840), MARGIN + round(height * 840 / 3840)
-        shade = tuple(round(255 - (255 - c) * (0.15 + 0.2 * number)) for c in BLUE)
-        canvas.rectangle((MARGIN, MARGIN, right, bottom), fill=shade, outline=PAPER, width=2)
+        canvas.rectangle(
+            (MARGIN, MARGIN, right, bottom), fill=_light(BLUE, 0.15 + 0.2 * number), outline=PAPER, width=2
+        )
         tokens = Grid.from_video(81, height, width, 16).tokens
         canvas.text((right - 14, bottom - 34), f"{name}   {width} x {height}", font=font(BODY), fill=INK, anchor="rs")
         canvas.text((right - 14, bottom - 10), f"{tokens:,} tokens", font=font(SMALL), fill=FAINT, anchor="rs")
@@ -78,12 +97,63 @@ def load_latent() -> Image.Image:
         for number, step in enumerate(steps):
             x, top = MARGIN + number * 290, y + 50
             is_folder = "/" in step
-            fill = PAPER if is_folder else tuple(round(255 - (255 - c) * 0.3) for c in BLUE)
+            fill = PAPER if is_folder else _light(BLUE, 0.3)
             canvas.rounded_rectangle((x, top, x + 240, top + 56), 10, fill=fill, outline=FAINT, width=2)
             canvas.text((x + 120, top + 28), step, font=font(BODY), fill=INK, anchor="mm")
             if number < 2:
                 _arrow(canvas, x + 244, x + 286, top + 28)
     return image
+
+
+def vae_decode() -> Image.Image:
+    """A 4K picture in tiles, and what one of them needs of the latents around it."""
+    shapes = {name: tuple(param.shape) for name, param in vae_layout(known_config("wan2.1-vae")).items()}
+    structure = read_structure(shapes)
+    height, width, scale = 272, 480, (WIDTH - 2 * MARGIN) / 480
+    bottom = MARGIN + round(height * scale)
+    image = Image.new("RGB", (WIDTH, bottom + 76), PAPER)
+    canvas = ImageDraw.Draw(image)
+
+    def box(window: Window) -> tuple[int, ...]:
+        edges = (window.cols.start, window.rows.start, window.cols.stop, window.rows.stop)
+        return tuple(MARGIN + round(edge * scale) for edge in edges)
+
+    tiles = cores(height, width, (68, 80))
+    chosen = tiles[8]
+    needed = tile_windows(chosen.scaled(structure.upscale), structure.reach, structure.head_radius)[0][0]
+    canvas.rectangle(box(Window.whole(height, width)), fill=_light(BLUE, 0.15))
+    canvas.rectangle(box(needed), fill=_light(ORANGE, 0.5))
+    canvas.rectangle(box(chosen), fill=BLUE)
+    for tile in tiles:
+        canvas.rectangle(box(tile), outline=PAPER, width=2)
+    canvas.rectangle(box(needed), outline=ORANGE, width=3)
+    for x, colour, words in (
+        (MARGIN, BLUE, "one tile"),
+        (220, ORANGE, "what its pixels are made of, computed with it"),
+    ):
+        canvas.rectangle((x, bottom + 26, x + 28, bottom + 54), fill=colour)
+        canvas.text((x + 42, bottom + 40), words, font=font(BODY), fill=INK, anchor="lm")
+    return image
+
+
+def vae_decode_to_video() -> Image.Image:
+    """Memory that 81 frames of 4K take."""
+    numbers = 81 * 2176 * 3840 * 3
+    rows = (("IMAGE", 4, FAINT), ("VIDEO, 10 bits", 2, BLUE), ("VIDEO, 8 bits", 1, BLUE))
+    image = Image.new("RGB", (WIDTH, 320), PAPER)
+    canvas = ImageDraw.Draw(image)
+    canvas.text((MARGIN, MARGIN), "81 frames of 3840 x 2176 in memory", font=font(HEAD), fill=INK)
+    for number, (name, size, colour) in enumerate(rows):
+        y, left = 96 + number * 70, 230
+        canvas.text((MARGIN, y + 24), name, font=font(BODY), fill=INK, anchor="lm")
+        right = left + round(size * 130)
+        canvas.rectangle((left, y, right, y + 48), fill=colour)
+        canvas.text((right + 14, y + 24), f"{numbers * size / 1e9:.1f} GB", font=font(BODY), fill=INK, anchor="lm")
+    return image
+
+
+def _light(colour: tuple[int, ...], share: float) -> tuple[int, ...]:
+    return tuple(round(255 - (255 - c) * share) for c in colour)
 
 
 def _arrow(canvas: ImageDraw.ImageDraw, start: int, end: int, y: int) -> None:
@@ -97,4 +167,6 @@ PICTURES = {
     "T3PlanPreview": plan_preview,
     "T3EmptyLatent": empty_latent,
     "T3LoadLatent": load_latent,
+    "T3VAEDecode": vae_decode,
+    "T3VAEDecodeToVideo": vae_decode_to_video,
 }

@@ -11,7 +11,15 @@ from help_pictures import PICTURES
 from PIL import Image
 from write_web import DOCS, LOCALES, ROOT
 
-NAMES = ["T3Attention", "T3Plan", "T3PlanPreview", "T3EmptyLatent", "T3LoadLatent"]
+NAMES = [
+    "T3Attention",
+    "T3Plan",
+    "T3PlanPreview",
+    "T3EmptyLatent",
+    "T3LoadLatent",
+    "T3VAEDecode",
+    "T3VAEDecodeToVideo",
+]
 LANGUAGES = ["en", "zh"]
 
 

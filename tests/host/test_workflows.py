@@ -112,7 +112,7 @@ def test_settings_are_the_releases(name):
         assert sampler["steps"] == DEFAULTS["steps"]
     negative = API[name][sampler["negative"][0]]["inputs"]["text"]
     assert negative == NEGATIVE_PROMPT
-    for inputs in of_kind(name, "CreateVideo"):
+    for inputs in of_kind(name, "T3VAEDecodeToVideo"):
         assert inputs["fps"] == DEFAULTS["fps"]
     assert API[name][sampler["model"][0]]["class_type"] == "T3Attention"
     assert "noise" in texts(name), "the notes must say what stock weights give"
@@ -132,6 +132,6 @@ def test_image_to_video_says_that_it_is_unproven(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_reports_are_shown(name):
     """Every report a T3 node gives in a workflow that samples or loads can be read in it."""
-    shown = {tuple(inputs["source"]) for inputs in of_kind(name, "PreviewAny")}
-    kinds = {API[name][number]["class_type"] for number, _ in shown}
-    assert kinds & {"T3Attention", "T3LoadLatent"}
+    shown = {API[name][inputs["source"][0]]["class_type"] for inputs in of_kind(name, "PreviewAny")}
+    there = {node["class_type"] for node in API[name].values()}
+    assert shown == there & {"T3Attention", "T3LoadLatent", "T3VAEDecodeToVideo"}

@@ -1,0 +1,192 @@
+"""Decode of Wan latents in exact tiles, within a stated amount of memory."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from ..errors import T3Error
+from .decoder import WanDecoder
+from .layers import Past
+from .memory import is_out_of_memory
+from .output import as_pixels, check_out
+from .plan import Plan, make_plan
+from .tiles import Window, cores, split
+
+Progress = Callable[[int, int], object]
+Say = Callable[[str], object]
+
+_OUT_OF_MEMORY = (
+    "{}: there is not even memory to {}. Close other programs that use it, decode on the CPU, or decode a smaller "
+    "picture."
+)
+
+
+@torch.no_grad()
+def decode_frames(
+    decoder: WanDecoder,
+    latents: torch.Tensor,
+    *,
+    memory: int | None = None,
+    tile: int | tuple[int, int] | None = None,
+    out: torch.Tensor | None = None,
+    progress: Progress | None = None,
+    say: Say | None = None,
+) -> torch.Tensor:
+    """Decode latents to frames, tile by tile, with the numbers of the untiled decoder: no seams and no blending.
+
+    Args:
+        decoder: of a Wan2.1 or Wan2.2 VAE; it decides device and dtype of the arithmetic.
+        latents: `[B, C, T, H, W]`, any float dtype, device and strides, in the VAE's own space: what ComfyUI's
+            `VAE.decode` and diffusers' `AutoencoderKLWan.decode` take. Samplers' outputs are in it: ComfyUI's KSampler
+            and diffusers' pipelines have by then undone the scaling by the latents' mean and deviation.
+        memory: bytes that may be taken on the decoder's device beyond its weights, `latents` and `out`. If None, most
+            of what is free there.
+        tile: height and width of a tile without its halo, in pixels (one number for both), rounded down to whole
+            latents: 8 pixels for Wan2.1, 16 for Wan2.2. If None, the one with the least work that fits the memory.
+        out: where to write, `[B, frames, H, W, 3]` on any device, strides as you like; uint8 and uint16 hold [0, 1] as
+            0 to 255 and 0 to 65535, rounded to nearest, floats as it is. If None, a new tensor on the CPU, float32
+            (float64 if the decoder's dtype is).
+        progress: called with work done and work in all after every frame of a tile. May raise to cancel: the exception
+            is passed on, and of `out` only whole tiles are decoded.
+        say: told in words what the decode resorts to; by default a line of the log.
+
+    Returns:
+        `out`: `[B, frames, H, W, 3]`; one frame for the first latent frame, four for every other.
+
+    Raises:
+        T3Error: before any work, for latents that this VAE does not decode or that are not finite, an `out` that does
+            not fit, or too little memory; later, if the device's memory runs out even with tiles of one latent, or the
+            decoder's arithmetic gives NaN.
+    """
+    _check_latents(decoder, latents)
+    structure = decoder.structure
+    batch, _, frames, height, width = latents.shape
+    scale = structure.scale
+    shape = (batch, structure.frames(frames), height * scale, width * scale, 3)
+    if out is not None:
+        check_out(out, shape)
+    plan = make_plan(structure, (frames, height, width), decoder.device, decoder.dtype.itemsize, memory, tile)
+    if out is None:
+        out = torch.empty(shape, dtype=torch.float64 if decoder.dtype == torch.float64 else torch.float32)
+    meter = _Meter(progress, batch * height * width * (frames + structure.frames(frames)))
+    for clip, frames_out in zip(latents, out, strict=True):
+        _Clip(decoder, clip[None], frames_out, plan, meter, say or logging.getLogger(__name__).warning).decode()
+    return out
+
+
+class _Meter:
+    """Counts work: latents times frames, those of the middle stage and those of pixels."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self.done, self.total, self._progress = 0, total, progress
+
+    def add(self, work: int) -> None:
+        self.done += work
+        if self._progress is not None:
+            self._progress(self.done, self.total)
+
+
+class _Clip:
+    """One clip on its way: latents `[1, C, T, H, W]` into `out` `[frames, H, W, 3]`."""
+
+    def __init__(self, decoder: WanDecoder, latents: torch.Tensor, out: torch.Tensor, plan: Plan, meter, say: Say):
+        self.decoder, self.latents, self.out, self.plan, self.meter, self.say = decoder, latents, out, plan, meter, say
+
+    def decode(self) -> None:
+        whole = Window.whole(*self.latents.shape[3:])
+        hidden = self._middle(whole)
+        todo = deque(cores(whole.rows.size, whole.cols.size, self.plan.tile))
+        while todo:
+            if self._attempt(partial(self._tile, hidden, todo[0])):
+                todo.popleft()
+                continue
+            before = self.plan.tile
+            if not self.plan.shrink():
+                raise T3Error(_OUT_OF_MEMORY.format(self.decoder.device, "decode tiles of one latent"))
+            self._tell(before)
+            todo = deque(piece for core in todo for piece in split(core, self.plan.tile))
+
+    def _attempt(self, work: Callable[[], None]) -> bool:
+        """Do the work; False, with the memory given back and the meter put back, if memory ran out."""
+        done = self.meter.done
+        try:
+            work()
+            return True
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Only here, with the exception gone, are the tensors it held freed.
+        self.meter.done = done
+        if self.decoder.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return False
+
+    def _tell(self, before: tuple[int, int]) -> None:
+        scale = self.decoder.structure.scale
+        was, now = ((cols * scale, rows * scale) for rows, cols in (before, self.plan.tile))
+        text = "decode: memory ran out with tiles of {} x {} pixels; going on with {} x {}. Finished tiles are kept."
+        self.say(text.format(*was, *now))
+
+    def _middle(self, whole: Window) -> list[torch.Tensor]:
+        """The middle stage's result for each latent frame, on `plan.keep_on`."""
+        hidden: list[torch.Tensor] = []
+
+        def work() -> None:
+            hidden.clear()
+            past = Past()
+            for latent in self.latents.unbind(2):
+                latent = latent.to(self.decoder.device, self.decoder.dtype)
+                hidden.append(self.decoder.middle(latent, past, self.plan.scores).to(self.plan.keep_on))
+                self.meter.add(whole.area)
+
+        if not self._attempt(work):
+            hidden.clear()
+            self.plan.keep_on, self.plan.scores = torch.device("cpu"), self.plan.scores // 4
+            self.say("decode: memory ran out in the middle stage; going on with its results in main memory.")
+            if not self._attempt(work):
+                raise T3Error(_OUT_OF_MEMORY.format(self.decoder.device, "run the middle stage on one latent frame"))
+        return hidden
+
+    def _tile(self, hidden: list[torch.Tensor], core: Window) -> None:
+        """Decode one tile, all of its time, into `out`."""
+        windows = self.decoder.windows(core)
+        pixels = core.scaled(self.decoder.structure.scale)
+        target = self.out[:, pixels.rows.here, pixels.cols.here]
+        past, number = Past(), 0
+        for whole in hidden:
+            x = whole[windows[0][0].here].to(self.decoder.device)
+            for frame in self.decoder.pixels(x, past, core, windows):
+                target[number].copy_(as_pixels(frame[0], self.out.dtype))
+                number += 1
+                self.meter.add(core.area)
+
+
+def _check_latents(decoder: WanDecoder, latents: torch.Tensor) -> None:
+    structure = decoder.structure
+    shape = tuple(latents.shape)
+    if latents.ndim != 5:
+        raise T3Error(
+            f"latents have shape {shape}; video latents are [B, C, T, H, W]."
+            + (" For one frame each, give latents[:, :, None]." if latents.ndim == 4 else "")
+        )
+    if latents.shape[1] != structure.latent_channels:
+        raise T3Error(
+            f"these latents have {shape[1]} channels and this {structure.generation} VAE decodes "
+            f"{structure.latent_channels}. Latents of Wan2.1 and A14B (16) go with the Wan2.1 VAE, those of Wan2.2 5B "
+            "(48) with the Wan2.2 VAE."
+        )
+    if not all(shape):
+        raise T3Error(f"latents have shape {shape}: there is nothing in them to decode.")
+    if not latents.is_floating_point():
+        raise T3Error(f"latents have dtype {latents.dtype}; give a float dtype.")
+    bad = [i for i, frame in enumerate(latents.unbind(2)) if not torch.isfinite(frame).all()]
+    if bad:
+        raise T3Error(
+            f"latents hold NaN or infinity in latent frame {bad[0]} (in {len(bad)} of {shape[2]} frames), so there is "
+            "no picture to decode. Sampling went wrong: try bfloat16 or float32 instead of float16, or other settings."
+        )

@@ -1,0 +1,168 @@
+"""The decoders of Wan's video VAEs, 2.1 and 2.2, for a whole picture or any window of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..errors import T3Error
+from ..weights.layout_vae import vae_config_from_diffusers, vae_layout
+from .layers import Attention, Conv, Norm, Past, ResidualBlock, UpLevel
+from .structure import Structure, read_structure
+from .tiles import TileWindows, Window, tile_windows
+
+
+class WanDecoder(nn.Module):
+    """Latents to pixels, with the weights of a Wan2.1 (16-channel) or Wan2.2 (48-channel) VAE.
+
+    The middle stage (`middle`) works on whole latent frames; everything after it is local and works on any window of
+    the picture (`pixels`). Both take one latent frame at a time and keep what the next needs in a `Past`.
+    """
+
+    def __init__(self, state: Mapping[str, torch.Tensor], structure: Structure) -> None:
+        """Use `from_state_dict`."""
+        super().__init__()
+        self.structure = structure
+        self.post_quant = Conv(state, "conv2")
+        self.first = Conv(state, "decoder.conv1")
+        self.middle_before = ResidualBlock(state, "decoder.middle.0")
+        self.middle_attention = Attention(state, "decoder.middle.1")
+        self.middle_after = ResidualBlock(state, "decoder.middle.2")
+        self.levels = nn.ModuleList(UpLevel(state, level, structure.residual) for level in structure.levels)
+        self.head_norm, self.head = Norm(state, "decoder.head.0"), Conv(state, "decoder.head.2")
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        sd: Mapping[str, torch.Tensor],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> WanDecoder:
+        """The decoder with these weights, which stay as they are.
+
+        Args:
+            sd: of a Wan2.1 or Wan2.2 VAE of any width, under the original names (as in ComfyUI's `first_stage_model`)
+                or diffusers'. The encoder's part may be missing under original names; what is not the decoder's is not
+                looked at.
+            device, dtype: of the decoder; those of the weights if None.
+
+        Raises:
+            T3Error: not the weights of a whole Wan VAE decoder, or `dtype` is not a float of 16 bits or more.
+        """
+        if dtype is not None and not (dtype.is_floating_point and dtype.itemsize >= 2):
+            raise T3Error(f"dtype is {dtype}; the decoder works in bfloat16, float16, float32 or float64.")
+        names = _original_names(sd)
+        structure = read_structure({name: tuple(sd[key].shape) for name, key in names.items()})
+        if structure.patch > 1 and not structure.residual:
+            raise T3Error(
+                f"this Wan2.1 VAE gives {3 * structure.patch**2} channels where the released one gives 3; what they "
+                "stand for differs from one to the next. Use the node or program it was made for."
+            )
+        reader = _Reader({name: sd[key] for name, key in names.items()}, device, dtype)
+        try:
+            decoder = cls(reader, structure).eval()
+        except KeyError as error:
+            raise T3Error(
+                f"these weights are no whole {structure.generation} VAE: {error.args[0]} is missing. Download or "
+                "export it again."
+            ) from None
+        return decoder.to(decoder.device)  # what the layers made for themselves is there too then
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.weight.dtype
+
+    def middle(self, latent: torch.Tensor, past: Past, memory: int | None = None) -> torch.Tensor:
+        """One latent frame `[B, C, H, W]` through the middle stage: `[B, width, H, W]`.
+
+        memory: bytes that attention scores may take (not needed where torch's attention keeps none).
+        """
+        whole = Window.whole(*latent.shape[2:])
+        if latent.device.type == "cuda":
+            latent = latent.contiguous(memory_format=torch.channels_last)
+        x = self.first(self.post_quant(latent, None, whole, whole), past, whole, whole)
+        x = self.middle_before(x, past, whole, whole)
+        x = self.middle_attention(x, whole, memory)
+        return self.middle_after(x, past, whole, whole)
+
+    def windows(self, core: Window) -> TileWindows:
+        """The windows at each level that it takes to decode `core`, given in latents."""
+        structure = self.structure
+        return tile_windows(core.scaled(structure.upscale), structure.reach, structure.head_radius)
+
+    def pixels(self, x: torch.Tensor, past: Past, core: Window, windows: TileWindows) -> Iterator[torch.Tensor]:
+        """One latent frame after the middle stage to its frames, `[B, 3, h, w]` each, about in [-1, 1].
+
+        x: what `windows[0][0]` holds of the middle stage's result. core: the part to decode, in latents.
+        Frames go through the levels one by one, the first to the end before the second starts: that is what keeps
+        memory small.
+        """
+        output = core.scaled(self.structure.upscale)
+        waiting = [(0, x)]
+        del x
+        while waiting:
+            level, frame = waiting.pop()
+            need = windows[level + 1][0] if level + 1 < len(windows) else windows[level][-1]
+            frames = self.levels[level](frame, past, windows[level], need)
+            if level + 1 < len(windows):
+                waiting.extend((level + 1, later) for later in reversed(frames))
+                del frame, frames
+                continue
+            y = self.head(self.head_norm(frames[0]), past, need, output)
+            del frame, frames
+            yield self._unpatchify(y)
+
+    def _unpatchify(self, y: torch.Tensor) -> torch.Tensor:
+        """Channels (colour, column, row) to `patch` x `patch` pixels."""
+        patch = self.structure.patch
+        if patch == 1:
+            return y
+        return F.pixel_shuffle(y.unflatten(1, (3, patch, patch)).transpose(2, 3).flatten(1, 3), patch)
+
+    @torch.inference_mode()
+    def untiled(self, latents: torch.Tensor) -> torch.Tensor:
+        """Decode whole pictures at once: the reference for tiles, and for small pictures.
+
+        latents: `[B, C, T, H, W]` as for `decode_frames`. Returns `[B, 3, frames, H, W]`, about in [-1, 1], in the
+        decoder's dtype: what the hosts' own decoders return.
+        """
+        core = Window.whole(*latents.shape[3:])
+        windows = self.windows(core)
+        middle_past, past = Past(), Past()
+        frames: list[torch.Tensor] = []
+        for latent in latents.to(self.device, self.dtype).unbind(2):
+            frames.extend(self.pixels(self.middle(latent, middle_past), past, core, windows))
+        return torch.stack(frames, dim=2)
+
+
+class _Reader(dict):
+    """Tensors on the device and in the dtype asked for, each converted when it is read."""
+
+    def __init__(self, state: Mapping[str, torch.Tensor], device, dtype) -> None:
+        super().__init__(state)
+        self._device, self._dtype = device, dtype
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return super().__getitem__(name).detach().to(self._device, self._dtype)
+
+
+def _original_names(sd: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Original name -> key of `sd`, from either naming."""
+    if "decoder.conv_in.weight" not in sd:
+        return {key: key for key in sd}
+    shapes = {key: tuple(tensor.shape) for key, tensor in sd.items()}
+    try:
+        layout = vae_layout(vae_config_from_diffusers(shapes))
+    except (KeyError, IndexError, ValueError) as error:
+        raise T3Error(
+            f"these weights have diffusers' names but are no whole Wan VAE ({error}). Use the state dict of a whole "
+            "AutoencoderKLWan, or the original file."
+        ) from None
+    return {original: param.name for original, param in layout.items() if param.name in sd}
