@@ -20,7 +20,8 @@ pytestmark = pytest.mark.usefixtures("folders")
 
 
 def test_all_are_there_in_order(nodes):
-    assert list(nodes) == ["T3Attention", "T3Plan", "T3PlanPreview", "T3EmptyLatent", "T3LoadLatent"]
+    making = ["T3Attention", "T3Plan", "T3PlanPreview", "T3EmptyLatent", "T3LoadLatent"]
+    assert list(nodes) == [*making, "T3VAEDecode", "T3VAEDecodeToVideo"]
     for node in nodes.values():
         schema = node.GET_SCHEMA()
         assert schema.category == "T3" and schema.description and schema.search_aliases
@@ -28,10 +29,12 @@ def test_all_are_there_in_order(nodes):
 
 
 def test_nothing_needs_thought(nodes):
-    """Every input but a model has a default, and the defaults are legal."""
+    """Every input but a model, latents and a VAE has a default, and the defaults are legal."""
+    decoding = ["samples", "vae"]
+    connected = {"T3Attention": ["model"], "T3VAEDecode": decoding, "T3VAEDecodeToVideo": decoding}
     for name, node in nodes.items():
         required = [i.id for i in node.GET_SCHEMA().inputs if not i.optional and getattr(i, "default", None) is None]
-        assert required == (["model"] if name == "T3Attention" else [])
+        assert required == connected.get(name, [])
 
 
 # T3 Plan
