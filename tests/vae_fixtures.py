@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from itertools import accumulate
 
@@ -71,6 +72,7 @@ class Peak:
     """Main memory that torch takes inside, in bytes: `most` at one time, and what of it is `left` at the end."""
 
     def __enter__(self) -> Peak:
+        gc.collect()  # what earlier tests left behind would be given back inside, and counted
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self._profile.__enter__()
         return self

@@ -1,6 +1,8 @@
-"""Exact decode of Wan video latents in tiles: no seams, and no more memory than is allowed."""
+"""Exact decode and encode of Wan video latents in tiles: no seams, and no more memory than is allowed."""
 
 from .decode import decode_frames
 from .decoder import WanDecoder
+from .encode import encode_frames
+from .encoder import WanEncoder
 
-__all__ = ["WanDecoder", "decode_frames"]
+__all__ = ["WanDecoder", "WanEncoder", "decode_frames", "encode_frames"]

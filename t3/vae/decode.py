@@ -10,9 +10,9 @@ from functools import partial
 import torch
 
 from ..errors import T3Error
+from .attempt import Meter, attempt
 from .decoder import WanDecoder
 from .layers import Past
-from .memory import is_out_of_memory
 from .output import as_pixels, check_out
 from .plan import Plan, make_plan
 from .tiles import Window, cores, split
@@ -73,28 +73,18 @@ def decode_frames(
     plan = make_plan(structure, (frames, height, width), decoder.device, decoder.dtype.itemsize, memory, tile)
     if out is None:
         out = torch.empty(shape, dtype=torch.float64 if decoder.dtype == torch.float64 else torch.float32)
-    meter = _Meter(progress, batch * height * width * (frames + structure.frames(frames)))
+    meter = Meter(progress, batch * height * width * (frames + structure.frames(frames)))
     for clip, frames_out in zip(latents, out, strict=True):
         _Clip(decoder, clip[None], frames_out, plan, meter, say or logging.getLogger(__name__).warning).decode()
     return out
 
 
-class _Meter:
-    """Counts work: latents times frames, those of the middle stage and those of pixels."""
-
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self.done, self.total, self._progress = 0, total, progress
-
-    def add(self, work: int) -> None:
-        self.done += work
-        if self._progress is not None:
-            self._progress(self.done, self.total)
-
-
 class _Clip:
     """One clip on its way: latents `[1, C, T, H, W]` into `out` `[frames, H, W, 3]`."""
 
-    def __init__(self, decoder: WanDecoder, latents: torch.Tensor, out: torch.Tensor, plan: Plan, meter, say: Say):
+    def __init__(
+        self, decoder: WanDecoder, latents: torch.Tensor, out: torch.Tensor, plan: Plan, meter: Meter, say: Say
+    ):
         self.decoder, self.latents, self.out, self.plan, self.meter, self.say = decoder, latents, out, plan, meter, say
 
     def decode(self) -> None:
@@ -112,19 +102,7 @@ class _Clip:
             todo = deque(piece for core in todo for piece in split(core, self.plan.tile))
 
     def _attempt(self, work: Callable[[], None]) -> bool:
-        """Do the work; False, with the memory given back and the meter put back, if memory ran out."""
-        done = self.meter.done
-        try:
-            work()
-            return True
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-        # Only here, with the exception gone, are the tensors it held freed.
-        self.meter.done = done
-        if self.decoder.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return False
+        return attempt(work, self.decoder.device, self.meter)
 
     def _tell(self, before: tuple[int, int]) -> None:
         scale = self.decoder.structure.scale

@@ -1,0 +1,131 @@
+"""Before an encode: the tile to begin with, and where the middle stage's input waits, so that the memory suffices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ..errors import T3Error
+from .choice import Choice, best
+from .down_memory import down_middle_bytes, down_tile_bytes, features_bytes
+from .down_structure import DownStructure
+from .down_tiles import down_spans, down_windows
+from .memory import free_bytes, with_room
+from .plan import Plan
+from .tiles import Window, cut
+
+# More work than this in smaller tiles, and the middle stage's input goes to main memory instead.
+_WORTH_KEEPING = 1.15
+
+
+def make_down_plan(
+    structure: DownStructure,
+    size: tuple[int, int, int],
+    device: torch.device,
+    itemsize: int,
+    memory: int | None,
+    tile: int | tuple[int, int] | None,
+) -> Plan:
+    """The plan for an encode to latents of `size` (T, H, W). Its `keep_on` is where the middle stage's input waits.
+
+    itemsize: bytes of a number; memory, tile: as for `encode_frames`. Raises T3Error if there is no plan within
+    `memory`, or for a tile of less than a latent.
+    """
+    frames, height, width = size
+    stated = f"memory is {memory:,} bytes" if memory is not None else f"about {free_bytes(device):,} bytes are free"
+    memory_given, memory = memory is not None, free_bytes(device) if memory is None else memory
+    counted = memory * 100 // with_room(100, device)
+    if tile is None:
+        found = down_choices(structure, height, width, itemsize)
+    else:
+        found = [down_weigh(structure, height, width, _in_latents(tile, structure.scale), itemsize)]
+    middle = down_middle_bytes(structure, height, width, itemsize)
+    kept = features_bytes(structure, frames, height, width, itemsize)
+
+    main = torch.device("cpu")
+    plans: list[tuple[Choice, Plan]] = []
+    for place in dict.fromkeys((device, main)):
+        # Where it waits in main memory, one frame of it is copied to the device at a time.
+        left = counted - (kept if place == device else kept // frames)
+        chosen = best(found, left)
+        if chosen is not None and middle < left:
+            plans.append((chosen, Plan(chosen.tile, place, left - middle)))
+    if not plans:
+        least = max(middle + 1, min(choice.bytes for choice in found)) + (kept if device == main else kept // frames)
+        least = with_room(least, device) + (device != main)
+        what = "" if tile is None else f" with tiles of {tile} pixels"
+        raise T3Error(
+            f"{stated}, but encoding {frames} latent frames of {width * structure.scale} x "
+            f"{height * structure.scale} pixels{what} takes {least:,} or more. Give at least that"
+            + ("" if memory_given else ", free memory")
+            + (", encode on the CPU" if device != main else "")
+            + (" or use smaller tiles." if tile is not None else ", or encode a smaller picture.")
+        )
+    # Nearest first: the device itself, unless that makes much more work.
+    return plans[0][1] if plans[0][0].work <= _WORTH_KEEPING * plans[-1][0].work else plans[-1][1]
+
+
+def down_weigh(structure: DownStructure, height: int, width: int, tile: tuple[int, int], itemsize: int) -> Choice:
+    """What encoding to `height` x `width` latents in tiles of at most `tile` latents takes."""
+    rows, cols = _Axis(structure, height, tile[0]), _Axis(structure, width, tile[1])
+    untiled = _work(structure, _Axis(structure, height, height), _Axis(structure, width, width))
+    return _weigh(structure, rows, cols, untiled, itemsize)
+
+
+def down_choices(structure: DownStructure, height: int, width: int, itemsize: int) -> list[Choice]:
+    """Every sensible tile for this picture, the cheapest first, and the smallest first among equals."""
+    rows, cols = list(_axes(structure, height)), list(_axes(structure, width))
+    untiled = _work(structure, rows[0], cols[0])
+    found = [_weigh(structure, row, col, untiled, itemsize) for row in rows for col in cols]
+    return sorted(found, key=lambda choice: (choice.work, choice.bytes))
+
+
+class _Axis:
+    """One axis cut into tiles: what all tiles need at each level together, and the core that needs most."""
+
+    def __init__(self, structure: DownStructure, size: int, most: int) -> None:
+        spans = cut(size, most)
+        needs = [down_spans(span, structure.reach, structure.first_radius) for span in spans]
+        self.most = max(span.length for span in spans)
+        self.lengths = [
+            [sum(levels[i][j].length for _, levels in needs) for j in range(len(level))]
+            for i, level in enumerate(needs[0][1])
+        ]
+        self.widest = max(zip(spans, needs, strict=True), key=lambda pair: pair[1][0].length)[0]
+
+
+def _axes(structure: DownStructure, size: int) -> Iterator[_Axis]:
+    """Every way to cut an axis that makes a difference, from one tile to tiles of one latent."""
+    for most in sorted({-(-size // count) for count in range(1, size + 1)}, reverse=True):
+        yield _Axis(structure, size, most)
+
+
+def _weigh(structure: DownStructure, rows: _Axis, cols: _Axis, untiled: int, itemsize: int) -> Choice:
+    windows = down_windows(Window(rows.widest, cols.widest), structure.reach, structure.first_radius)
+    work = _work(structure, rows, cols) / untiled
+    return Choice((rows.most, cols.most), down_tile_bytes(structure, windows, itemsize), work)
+
+
+def _work(structure: DownStructure, rows: _Axis, cols: _Axis) -> int:
+    """Multiplications of all convolutions before the middle stage, for a latent frame that is not the first."""
+    frames = structure.step
+    areas = [[r * c for r, c in zip(*level, strict=True)] for level in zip(rows.lengths, cols.lengths, strict=True)]
+    total = frames * 27 * structure.picture_channels * structure.levels[0].blocks[0].into * areas[0][0]
+    for i, level in enumerate(structure.levels):
+        for block, area in zip(level.blocks, areas[i][1:], strict=True):
+            total += frames * 27 * (block.into + block.out) * block.out * area
+        if level.downsample is not None:
+            down = level.downsample
+            total += frames * down.kernel**2 * down.channels**2 * areas[i + 1][0]
+            if down.temporal:
+                frames //= 2
+                total += frames * down.depth * down.channels**2 * areas[i + 1][0]
+    return total
+
+
+def _in_latents(tile: int | tuple[int, int], scale: int) -> tuple[int, int]:
+    rows, cols = (tile, tile) if isinstance(tile, int) else tile
+    if min(rows, cols) < scale:
+        raise T3Error(f"tile is {tile} pixels; one latent is {scale} x {scale} pixels, so give {scale} or more.")
+    return rows // scale, cols // scale

@@ -1,0 +1,127 @@
+"""The encoders of Wan's video VAEs, 2.1 and 2.2, for a whole picture or any window of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..errors import T3Error
+from .decoder import _original_names, _Reader
+from .down_layers import DownPast, DownStage
+from .down_structure import DownStructure, read_down_structure
+from .down_tiles import DownWindows, down_windows
+from .layers import Attention, Conv, Norm, Past, ResidualBlock
+from .tiles import Window
+
+
+class WanEncoder(nn.Module):
+    """Pixels to latents, with the weights of a Wan2.1 (16-channel) or Wan2.2 (48-channel) VAE.
+
+    Everything before the middle block is local and works on any window of the picture (`features`); the rest
+    (`middle`) works on whole latent frames. Both take one frame at a time and keep what the next needs in a past.
+    """
+
+    def __init__(self, state: Mapping[str, torch.Tensor], structure: DownStructure) -> None:
+        """Use `from_state_dict`."""
+        super().__init__()
+        self.structure = structure
+        self.first = Conv(state, "encoder.conv1")
+        self.levels = nn.ModuleList(DownStage(state, level, structure.residual) for level in structure.levels)
+        self.middle_before = ResidualBlock(state, "encoder.middle.0")
+        self.middle_attention = Attention(state, "encoder.middle.1")
+        self.middle_after = ResidualBlock(state, "encoder.middle.2")
+        self.head_norm, self.head = Norm(state, "encoder.head.0"), Conv(state, "encoder.head.2")
+        self.quant = Conv(state, "conv1")
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        sd: Mapping[str, torch.Tensor],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> WanEncoder:
+        """The encoder with these weights, which stay as they are.
+
+        Args:
+            sd: of a Wan2.1 or Wan2.2 VAE of any width, under the original names (as in ComfyUI's `first_stage_model`)
+                or diffusers'. The decoder's part may be missing under original names; what is not the encoder's is not
+                looked at.
+            device, dtype: of the encoder; those of the weights if None.
+
+        Raises:
+            T3Error: not the weights of a whole Wan VAE encoder, or `dtype` is not a float of 16 bits or more.
+        """
+        if dtype is not None and not (dtype.is_floating_point and dtype.itemsize >= 2):
+            raise T3Error(f"dtype is {dtype}; the encoder works in bfloat16, float16, float32 or float64.")
+        names = _original_names(sd)
+        structure = read_down_structure({name: tuple(sd[key].shape) for name, key in names.items()})
+        reader = _Reader({name: sd[key] for name, key in names.items()}, device, dtype)
+        try:
+            return cls(reader, structure).eval()
+        except KeyError as error:
+            raise T3Error(
+                f"these weights are no whole {structure.generation} VAE: {error.args[0]} is missing. Download or "
+                "export it again."
+            ) from None
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.weight.dtype
+
+    def windows(self, core: Window) -> DownWindows:
+        """The windows of the picture and at each level that it takes to encode `core`, given in latents."""
+        return down_windows(core, self.structure.reach, self.structure.first_radius)
+
+    def features(self, frame: torch.Tensor, past: DownPast, windows: DownWindows) -> torch.Tensor | None:
+        """One frame `[B, 3, h, w]` in [-1, 1] down to the middle stage: `[B, width, h/scale, w/scale]`.
+
+        frame: what `windows.pixels` holds of the picture. None while the frames of a latent frame are not complete:
+        the first frame makes one by itself, then every `structure.step` frames one.
+        """
+        x: torch.Tensor | None = self.first(self._patchify(frame), past, windows.pixels, windows.levels[0][0])
+        del frame
+        for i, (level, have) in enumerate(zip(self.levels, windows.levels, strict=True)):
+            need = windows.levels[i + 1][0] if i + 1 < len(windows.levels) else have[-1]
+            x = level(x, past, have, need)
+            if x is None:
+                return None
+        return x
+
+    def middle(self, x: torch.Tensor, past: Past, memory: int | None = None) -> torch.Tensor:
+        """One whole latent frame through the middle stage: `[B, width, H, W]` to its latents `[B, C, H, W]`, the mean.
+
+        memory: bytes that attention scores may take (not needed where torch's attention keeps none).
+        """
+        whole = Window.whole(*x.shape[2:])
+        x = self.middle_before(x, past, whole, whole)
+        x = self.middle_attention(x, whole, memory)
+        x = self.middle_after(x, past, whole, whole)
+        x = self.head(self.head_norm(x), past, whole, whole)
+        return self.quant(x, None, whole, whole).chunk(2, dim=1)[0]
+
+    def _patchify(self, frame: torch.Tensor) -> torch.Tensor:
+        """`patch` x `patch` pixels to channels (colour, column, row)."""
+        patch = self.structure.patch
+        if patch > 1:
+            frame = F.pixel_unshuffle(frame, patch).unflatten(1, (3, patch, patch)).transpose(2, 3).flatten(1, 3)
+        return frame.contiguous(memory_format=torch.channels_last) if frame.device.type == "cuda" else frame
+
+    @torch.inference_mode()
+    def untiled(self, video: torch.Tensor) -> torch.Tensor:
+        """Encode whole pictures at once: the reference for tiles, and for small pictures.
+
+        video: `[B, 3, frames, H, W]` in [-1, 1], with legal numbers of frames and pixels: what the hosts' own encoders
+        take. Returns `[B, C, T, H/scale, W/scale]` in the encoder's dtype, the mean.
+        """
+        scale = self.structure.scale
+        windows = self.windows(Window.whole(video.shape[3] // scale, video.shape[4] // scale))
+        past, middle_past = DownPast(), Past()
+        found = (self.features(frame, past, windows) for frame in video.to(self.device, self.dtype).unbind(2))
+        return torch.stack([self.middle(x, middle_past) for x in found if x is not None], dim=2)
