@@ -217,7 +217,7 @@ def with_progress(pieces: Iterable, total: int) -> Iterator:
     """Pass pieces of frames on, with a progress bar on standard error that counts frames and time left."""
     from tqdm import tqdm
 
-    with tqdm(total=total, desc="decoding", unit="frame") as bar:
+    with tqdm(total=total, desc="writing", unit="frame") as bar:
         for piece in pieces:
             yield piece
             bar.update(len(piece))
