@@ -20,12 +20,12 @@ from comfy_api.latest import Input, Types
 
 from ..t3.audio import Audio
 from ..t3.errors import T3Error
+from ..t3.vae.output import WHOLE_NUMBERS
 from ..t3.video import VideoWriter
 from .frame_buffer import new_images
 
 # Times come as floats: a frame that begins within a millionth of a frame of the asked time is meant.
 _NEARLY = 1e-6
-_LEVELS = {torch.uint8: 255, torch.uint16: 65535}
 
 
 class FramesVideo(Input.Video):
@@ -75,7 +75,7 @@ class FramesVideo(Input.Video):
         way_out = "Save the video as it is, or trim it before taking it apart."
         images = new_images(self._frames.shape, torch.float32, torch.device("cpu"), way_out)
         for image, frame in zip(images, self._frames, strict=True):
-            image.copy_(frame).div_(_LEVELS[frame.dtype])
+            image.copy_(frame).div_(WHOLE_NUMBERS[frame.dtype])
         return Types.VideoComponents(images=images, audio=self._audio, frame_rate=self._rate)
 
     def as_trimmed(

@@ -15,7 +15,8 @@ import torch
 from ..t3.errors import T3Error
 from ..t3.vae import WanDecoder, decode_frames
 from ..t3.vae.choice import choices, weigh
-from ..t3.vae.memory import free_bytes, kept_bytes, middle_bytes
+from ..t3.vae.memory import free_bytes, free_needed, kept_bytes, middle_bytes
+from ..t3.vae.output import WHOLE_NUMBERS
 from ..t3.vae.plan import make_plan
 from ..t3.vae.structure import Structure, read_structure
 from .families import FAMILIES
@@ -23,10 +24,7 @@ from .families import FAMILIES
 # Room is made on the device for tiles that cost this much more than the best; larger ones are not worth another
 # model's place.
 _GOOD_ENOUGH = 1.1
-# Part of the free memory that a plan may use, as in `t3.vae.memory`: libraries take some for themselves.
-_SHARE = 0.85
 _PREVIEW_PIXELS, _PREVIEW_SECONDS = 512, 2.0
-_LEVELS = {torch.uint8: 255, torch.uint16: 65535}
 log = logging.getLogger("T3")
 
 
@@ -122,7 +120,7 @@ class Decode:
         kept = kept_bytes(self.structure, frames, height, width, dtype.itemsize)
         weights = sum(value.numel() for key, value in state.items() if not key.startswith("encoder."))
         work = tile_bytes + middle_bytes(*sizes, dtype.itemsize) + kept
-        wanted = weights * dtype.itemsize + work / _SHARE + comfy.model_management.extra_reserved_memory()
+        wanted = weights * dtype.itemsize + free_needed(work, device) + comfy.model_management.extra_reserved_memory()
         if comfy.model_management.get_free_memory(device) < wanted:
             comfy.model_management.free_memory(wanted, device)
 
@@ -182,5 +180,5 @@ def small_picture(frame: torch.Tensor):
     from PIL import Image
 
     step = max(1, -(-max(frame.shape[:2]) // _PREVIEW_PIXELS))
-    values = frame[::step, ::step].to("cpu", torch.float32) * (255 / _LEVELS.get(frame.dtype, 1))
+    values = frame[::step, ::step].to("cpu", torch.float32) * (255 / WHOLE_NUMBERS.get(frame.dtype, 1))
     return Image.fromarray(values.to(torch.uint8).numpy())

@@ -1,12 +1,18 @@
-"""Work that may run out of memory, and a count of the work done."""
+"""Work that may run out of memory: retried in smaller tiles, with a count of the work done."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 
 import torch
 
+from ..errors import T3Error
 from .memory import is_out_of_memory
+from .plan import Plan
+from .tiles import Window, cores, split
+
+Say = Callable[[str], object]
 
 
 class Meter:
@@ -35,3 +41,32 @@ def attempt(work: Callable[[], None], device: torch.device, meter: Meter) -> boo
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return False
+
+
+def tile_by_tile(
+    whole: Window, plan: Plan, once: Callable[[Window], bool], work: str, device: torch.device, scale: int, say: Say
+) -> None:
+    """Do all cores of a picture of `whole` latents, in tiles of `plan`; smaller ones from where memory runs out.
+
+    once: does one core; False if memory ran out. work: "decode" or "encode"; scale: pixels of a latent; say: told of
+    smaller tiles. Raises T3Error if memory runs out with tiles of one latent.
+    """
+    todo = deque(cores(whole.rows.size, whole.cols.size, plan.tile))
+    while todo:
+        if once(todo[0]):
+            todo.popleft()
+            continue
+        before = plan.tile
+        if not plan.shrink():
+            raise out_of_memory(device, f"{work} tiles of one latent", work)
+        was, now = (f"{cols * scale} x {rows * scale}" for rows, cols in (before, plan.tile))
+        say(f"{work}: memory ran out with tiles of {was} pixels; going on with {now}. Finished tiles are kept.")
+        todo = deque(piece for core in todo for piece in split(core, plan.tile))
+
+
+def out_of_memory(where: object, step: str, work: str) -> T3Error:
+    """The error where not even the least step fits. work: "decode" or "encode"."""
+    return T3Error(
+        f"{where}: there is not even memory to {step}. Close other programs that use it, {work} on the CPU, or {work} "
+        "a smaller picture."
+    )

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable
 from functools import partial
 
 import torch
 
 from ..errors import T3Error
-from .attempt import Meter, attempt
+from .attempt import Meter, Say, attempt, out_of_memory, tile_by_tile
 from .decoder import WanDecoder
 from .layers import Past
 from .output import as_pixels, check_out
 from .plan import Plan, make_plan
-from .tiles import Window, cores, split
+from .tiles import Window
 
 Progress = Callable[[int, int], object]
-Say = Callable[[str], object]
-
-_OUT_OF_MEMORY = (
-    "{}: there is not even memory to {}. Close other programs that use it, decode on the CPU, or decode a smaller "
-    "picture."
-)
 
 
 @torch.no_grad()
@@ -90,25 +83,18 @@ class _Clip:
     def decode(self) -> None:
         whole = Window.whole(*self.latents.shape[3:])
         hidden = self._middle(whole)
-        todo = deque(cores(whole.rows.size, whole.cols.size, self.plan.tile))
-        while todo:
-            if self._attempt(partial(self._tile, hidden, todo[0])):
-                todo.popleft()
-                continue
-            before = self.plan.tile
-            if not self.plan.shrink():
-                raise T3Error(_OUT_OF_MEMORY.format(self.decoder.device, "decode tiles of one latent"))
-            self._tell(before)
-            todo = deque(piece for core in todo for piece in split(core, self.plan.tile))
+        tile_by_tile(
+            whole,
+            self.plan,
+            lambda core: self._attempt(partial(self._tile, hidden, core)),
+            "decode",
+            self.decoder.device,
+            self.decoder.structure.scale,
+            self.say,
+        )
 
     def _attempt(self, work: Callable[[], None]) -> bool:
         return attempt(work, self.decoder.device, self.meter)
-
-    def _tell(self, before: tuple[int, int]) -> None:
-        scale = self.decoder.structure.scale
-        was, now = ((cols * scale, rows * scale) for rows, cols in (before, self.plan.tile))
-        text = "decode: memory ran out with tiles of {} x {} pixels; going on with {} x {}. Finished tiles are kept."
-        self.say(text.format(*was, *now))
 
     def _middle(self, whole: Window) -> list[torch.Tensor]:
         """The middle stage's result for each latent frame, on `plan.keep_on`."""
@@ -127,7 +113,7 @@ class _Clip:
             self.plan.keep_on, self.plan.scores = torch.device("cpu"), self.plan.scores // 4
             self.say("decode: memory ran out in the middle stage; going on with its results in main memory.")
             if not self._attempt(work):
-                raise T3Error(_OUT_OF_MEMORY.format(self.decoder.device, "run the middle stage on one latent frame"))
+                raise out_of_memory(self.decoder.device, "run the middle stage on one latent frame", "decode")
         return hidden
 
     def _tile(self, hidden: list[torch.Tensor], core: Window) -> None:

@@ -9,10 +9,20 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import T3Error
-from ..weights.layout_vae import vae_config_from_diffusers, vae_layout
 from .layers import Attention, Conv, Norm, Past, ResidualBlock, UpLevel
-from .structure import Structure, read_structure
+from .state import build
+from .structure import Shapes, Structure, read_structure
 from .tiles import TileWindows, Window, tile_windows
+
+
+def _read(shapes: Shapes) -> Structure:
+    structure = read_structure(shapes)
+    if structure.patch > 1 and not structure.residual:
+        raise T3Error(
+            f"this Wan2.1 VAE gives {3 * structure.patch**2} channels where the released one gives 3; what they "
+            "stand for differs from one to the next. Use the node or program it was made for."
+        )
+    return structure
 
 
 class WanDecoder(nn.Module):
@@ -52,24 +62,7 @@ class WanDecoder(nn.Module):
         Raises:
             T3Error: not the weights of a whole Wan VAE decoder, or `dtype` is not a float of 16 bits or more.
         """
-        if dtype is not None and not (dtype.is_floating_point and dtype.itemsize >= 2):
-            raise T3Error(f"dtype is {dtype}; the decoder works in bfloat16, float16, float32 or float64.")
-        names = _original_names(sd)
-        structure = read_structure({name: tuple(sd[key].shape) for name, key in names.items()})
-        if structure.patch > 1 and not structure.residual:
-            raise T3Error(
-                f"this Wan2.1 VAE gives {3 * structure.patch**2} channels where the released one gives 3; what they "
-                "stand for differs from one to the next. Use the node or program it was made for."
-            )
-        reader = _Reader({name: sd[key] for name, key in names.items()}, device, dtype)
-        try:
-            decoder = cls(reader, structure).eval()
-        except KeyError as error:
-            raise T3Error(
-                f"these weights are no whole {structure.generation} VAE: {error.args[0]} is missing. Download or "
-                "export it again."
-            ) from None
-        return decoder.to(decoder.device)  # what the layers made for themselves is there too then
+        return build(cls, "decoder", _read, sd, device, dtype)
 
     @property
     def device(self) -> torch.device:
@@ -140,29 +133,3 @@ class WanDecoder(nn.Module):
         for latent in latents.to(self.device, self.dtype).unbind(2):
             frames.extend(self.pixels(self.middle(latent, middle_past), past, core, windows))
         return torch.stack(frames, dim=2)
-
-
-class _Reader(dict):
-    """Tensors on the device and in the dtype asked for, each converted when it is read."""
-
-    def __init__(self, state: Mapping[str, torch.Tensor], device, dtype) -> None:
-        super().__init__(state)
-        self._device, self._dtype = device, dtype
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return super().__getitem__(name).detach().to(self._device, self._dtype)
-
-
-def _original_names(sd: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Original name -> key of `sd`, from either naming."""
-    if "decoder.conv_in.weight" not in sd:
-        return {key: key for key in sd}
-    shapes = {key: tuple(tensor.shape) for key, tensor in sd.items()}
-    try:
-        layout = vae_layout(vae_config_from_diffusers(shapes))
-    except (KeyError, IndexError, ValueError) as error:
-        raise T3Error(
-            f"these weights have diffusers' names but are no whole Wan VAE ({error}). Use the state dict of a whole "
-            "AutoencoderKLWan, or the original file."
-        ) from None
-    return {original: param.name for original, param in layout.items() if param.name in sd}

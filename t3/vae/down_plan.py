@@ -6,17 +6,12 @@ from collections.abc import Iterator
 
 import torch
 
-from ..errors import T3Error
-from .choice import Choice, best
+from .choice import Choice
 from .down_memory import down_middle_bytes, down_tile_bytes, features_bytes
 from .down_structure import DownStructure
 from .down_tiles import down_spans, down_windows
-from .memory import free_bytes, with_room
-from .plan import Plan
+from .plan import Needs, Plan, in_latents, plan_within
 from .tiles import Window, cut
-
-# More work than this in smaller tiles, and the middle stage's input goes to main memory instead.
-_WORTH_KEEPING = 1.15
 
 
 def make_down_plan(
@@ -33,37 +28,20 @@ def make_down_plan(
     `memory`, or for a tile of less than a latent.
     """
     frames, height, width = size
-    stated = f"memory is {memory:,} bytes" if memory is not None else f"about {free_bytes(device):,} bytes are free"
-    memory_given, memory = memory is not None, free_bytes(device) if memory is None else memory
-    counted = memory * 100 // with_room(100, device)
     if tile is None:
         found = down_choices(structure, height, width, itemsize)
     else:
-        found = [down_weigh(structure, height, width, _in_latents(tile, structure.scale), itemsize)]
-    middle = down_middle_bytes(structure, height, width, itemsize)
+        found = [down_weigh(structure, height, width, in_latents(tile, structure.scale), itemsize)]
     kept = features_bytes(structure, frames, height, width, itemsize)
-
-    main = torch.device("cpu")
-    plans: list[tuple[Choice, Plan]] = []
-    for place in dict.fromkeys((device, main)):
+    needs = Needs(
+        "encod",
+        f"{frames} latent frames of {width * structure.scale} x {height * structure.scale} pixels",
+        down_middle_bytes(structure, height, width, itemsize),
+        kept,
         # Where it waits in main memory, one frame of it is copied to the device at a time.
-        left = counted - (kept if place == device else kept // frames)
-        chosen = best(found, left)
-        if chosen is not None and middle < left:
-            plans.append((chosen, Plan(chosen.tile, place, left - middle)))
-    if not plans:
-        least = max(middle + 1, min(choice.bytes for choice in found)) + (kept if device == main else kept // frames)
-        least = with_room(least, device) + (device != main)
-        what = "" if tile is None else f" with tiles of {tile} pixels"
-        raise T3Error(
-            f"{stated}, but encoding {frames} latent frames of {width * structure.scale} x "
-            f"{height * structure.scale} pixels{what} takes {least:,} or more. Give at least that"
-            + ("" if memory_given else ", free memory")
-            + (", encode on the CPU" if device != main else "")
-            + (" or use smaller tiles." if tile is not None else ", or encode a smaller picture.")
-        )
-    # Nearest first: the device itself, unless that makes much more work.
-    return plans[0][1] if plans[0][0].work <= _WORTH_KEEPING * plans[-1][0].work else plans[-1][1]
+        passing=kept // frames,
+    )
+    return plan_within(memory, found, needs, device, tile)
 
 
 def down_weigh(structure: DownStructure, height: int, width: int, tile: tuple[int, int], itemsize: int) -> Choice:
@@ -122,10 +100,3 @@ def _work(structure: DownStructure, rows: _Axis, cols: _Axis) -> int:
                 frames //= 2
                 total += frames * down.depth * down.channels**2 * areas[i + 1][0]
     return total
-
-
-def _in_latents(tile: int | tuple[int, int], scale: int) -> tuple[int, int]:
-    rows, cols = (tile, tile) if isinstance(tile, int) else tile
-    if min(rows, cols) < scale:
-        raise T3Error(f"tile is {tile} pixels; one latent is {scale} x {scale} pixels, so give {scale} or more.")
-    return rows // scale, cols // scale

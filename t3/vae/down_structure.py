@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..errors import T3Error
 from .down_tiles import DownReach
-from .structure import Block
-
-_PLACE = re.compile(r"encoder\.downsamples\.(\d+)\.(?:downsamples\.(\d+)\.)?(?:residual|resample)\.")
-_WAN = "a Wan2.1 VAE (wan_2.1_vae.safetensors) or a Wan2.2 VAE (wan2.2_vae.safetensors)"
+from .structure import WAN, Block, Shape, Shapes, is_nested, read_levels, read_whole
 
 
 @dataclass(frozen=True)
@@ -86,55 +81,35 @@ class DownStructure:
         return 1 + (frames - 1) // self.step
 
 
-def read_down_structure(shapes: Mapping[str, tuple[int, ...]]) -> DownStructure:
+def read_down_structure(shapes: Shapes) -> DownStructure:
     """The structure that these shapes, by original Wan VAE key names, describe.
 
     Raises T3Error when they are not those of a whole Wan VAE encoder.
     """
-    if "encoder.middle.0.residual.0.gamma" not in shapes:
-        raise T3Error(
-            f"these weights ({len(shapes)} tensors) hold no Wan VAE encoder: encoder.middle.0.residual.0.gamma is "
-            f"missing. Use {_WAN}."
-        )
-    try:
-        return _read(shapes)
-    except KeyError as error:
-        raise T3Error(
-            f"these weights are no whole Wan VAE: {error.args[0]} is missing. Use {_WAN}, downloaded whole."
-        ) from None
+    return read_whole(shapes, "encoder", "hold no Wan VAE encoder", _read)
 
 
-def _read(shapes: Mapping[str, tuple[int, ...]]) -> DownStructure:
-    nested = "encoder.downsamples.0.downsamples.0.residual.2.weight" in shapes
-    places = sorted({(int(m[1]), int(m[2] or 0)) for key in shapes if (m := _PLACE.match(key))})
-    levels: list[DownLevel] = []
-    blocks: list[Block] = []
-    for stage, index in places:
-        name = f"encoder.downsamples.{stage}" + (f".downsamples.{index}" if nested else "")
-        resample = shapes.get(f"{name}.resample.1.weight")
-        if resample is None:
-            weight = shapes[f"{name}.residual.2.weight"]
-            blocks.append(Block(name, weight[1], weight[0], weight[-1] // 2))
-        else:
-            time = shapes.get(f"{name}.time_conv.weight")
-            downsample = Downsample(name, resample[0], resample[-1], time is not None, time[2] if time else 1)
-            levels.append(DownLevel(tuple(blocks), downsample))
-            blocks = []
-    levels.append(DownLevel(tuple(blocks), None))
-    if not all(level.blocks for level in levels):
-        raise KeyError("a residual block of encoder.downsamples")
+def _read(shapes: Shapes) -> DownStructure:
+    stages = "encoder.downsamples"
+    residual = is_nested(shapes, stages)
+
+    def downsample(name: str, shape: Shape) -> Downsample:
+        time = shapes.get(f"{name}.time_conv.weight")
+        return Downsample(name, shape[0], shape[-1], time is not None, time[2] if time else 1)
+
+    levels = tuple(DownLevel(*level) for level in read_levels(shapes, stages, downsample))
     first = shapes["encoder.conv1.weight"]
-    patch = math.isqrt(first[1] // 3) if nested else 1
+    patch = math.isqrt(first[1] // 3) if residual else 1
     if first[1] != 3 * patch * patch:
         raise T3Error(
-            f"this {'Wan2.2' if nested else 'Wan2.1'} VAE's encoder takes {first[1]} channels; only RGB is encoded "
-            f"here: 3 channels, or for Wan2.2 3 for each of 2 x 2 pixels. Use {_WAN}."
+            f"this {'Wan2.2' if residual else 'Wan2.1'} VAE's encoder takes {first[1]} channels; only RGB is encoded "
+            f"here: 3 channels, or for Wan2.2 3 for each of 2 x 2 pixels. Use {WAN}."
         )
     return DownStructure(
         latent_channels=shapes["encoder.head.2.weight"][0] // 2,
         width=shapes["encoder.middle.0.residual.0.gamma"][0],
-        levels=tuple(levels),
+        levels=levels,
         first_radius=first[-1] // 2,
         patch=patch,
-        residual=nested,
+        residual=residual,
     )

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable
 from functools import partial
 
 import torch
 
 from ..errors import T3Error
-from .attempt import Meter, attempt
+from .attempt import Meter, Say, attempt, out_of_memory, tile_by_tile
 from .down_layers import DownPast
 from .down_plan import make_down_plan
 from .encoder import WanEncoder
 from .frames import as_input, check_frames
 from .layers import Past
 from .plan import Plan
-from .tiles import Window, cores, split
+from .tiles import Window
 
 Progress = Callable[[int, int], object]
-Say = Callable[[str], object]
-
-_OUT_OF_MEMORY = (
-    "{}: there is not even memory to {}. Close other programs that use it, encode on the CPU, or encode a smaller "
-    "picture."
-)
 
 
 @torch.no_grad()
@@ -90,26 +83,19 @@ class _Clip:
     def encode(self) -> None:
         whole = Window.whole(*self.latents.shape[2:])
         features = self._room()
-        todo = deque(cores(whole.rows.size, whole.cols.size, self.plan.tile))
-        while todo:
-            if self._attempt(partial(self._tile, features, todo[0])):
-                todo.popleft()
-                continue
-            before = self.plan.tile
-            if not self.plan.shrink():
-                raise T3Error(_OUT_OF_MEMORY.format(self.encoder.device, "encode tiles of one latent"))
-            self._tell(before)
-            todo = deque(piece for core in todo for piece in split(core, self.plan.tile))
+        tile_by_tile(
+            whole,
+            self.plan,
+            lambda core: self._attempt(partial(self._tile, features, core)),
+            "encode",
+            self.encoder.device,
+            self.encoder.structure.scale,
+            self.say,
+        )
         self._middle(features, whole)
 
     def _attempt(self, work: Callable[[], None]) -> bool:
         return attempt(work, self.encoder.device, self.meter)
-
-    def _tell(self, before: tuple[int, int]) -> None:
-        scale = self.encoder.structure.scale
-        was, now = ((cols * scale, rows * scale) for rows, cols in (before, self.plan.tile))
-        text = "encode: memory ran out with tiles of {} x {} pixels; going on with {} x {}. Finished tiles are kept."
-        self.say(text.format(*was, *now))
 
     def _room(self) -> list[torch.Tensor]:
         """Where tiles put the middle stage's input: for each latent frame a whole frame, on `plan.keep_on`."""
@@ -129,7 +115,7 @@ class _Clip:
             self.plan.keep_on = torch.device("cpu")
             self.say("encode: no memory for the middle stage's input; going on with it in main memory.")
             if not self._attempt(work):
-                raise T3Error(_OUT_OF_MEMORY.format("main memory", "keep the middle stage's input"))
+                raise out_of_memory("main memory", "keep the middle stage's input", "encode")
         return features
 
     def _tile(self, features: list[torch.Tensor], core: Window) -> None:
@@ -171,4 +157,4 @@ class _Clip:
             self.say("encode: memory ran out in the middle stage; going on with its input in main memory.")
             del x
             if not self._attempt(work):
-                raise T3Error(_OUT_OF_MEMORY.format(self.encoder.device, "run the middle stage on one latent frame"))
+                raise out_of_memory(self.encoder.device, "run the middle stage on one latent frame", "encode")

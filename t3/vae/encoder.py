@@ -8,12 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..errors import T3Error
-from .decoder import _original_names, _Reader
 from .down_layers import DownPast, DownStage
 from .down_structure import DownStructure, read_down_structure
 from .down_tiles import DownWindows, down_windows
 from .layers import Attention, Conv, Norm, Past, ResidualBlock
+from .state import build
 from .tiles import Window
 
 
@@ -54,18 +53,7 @@ class WanEncoder(nn.Module):
         Raises:
             T3Error: not the weights of a whole Wan VAE encoder, or `dtype` is not a float of 16 bits or more.
         """
-        if dtype is not None and not (dtype.is_floating_point and dtype.itemsize >= 2):
-            raise T3Error(f"dtype is {dtype}; the encoder works in bfloat16, float16, float32 or float64.")
-        names = _original_names(sd)
-        structure = read_down_structure({name: tuple(sd[key].shape) for name, key in names.items()})
-        reader = _Reader({name: sd[key] for name, key in names.items()}, device, dtype)
-        try:
-            return cls(reader, structure).eval()
-        except KeyError as error:
-            raise T3Error(
-                f"these weights are no whole {structure.generation} VAE: {error.args[0]} is missing. Download or "
-                "export it again."
-            ) from None
+        return build(cls, "encoder", read_down_structure, sd, device, dtype)
 
     @property
     def device(self) -> torch.device:

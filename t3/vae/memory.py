@@ -6,6 +6,7 @@ results. What a library takes for itself inside a convolution is not known befor
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -82,6 +83,11 @@ def _level(level: Level, windows: tuple[Window, ...], after: int, itemsize: int)
 def with_room(counted: int, device: torch.device) -> int:
     """Bytes to allow for so many that are counted, with what libraries take beside."""
     return counted if device.type == "cpu" else int(_ROOM * counted)
+
+
+def free_needed(counted: int, device: torch.device) -> int:
+    """Bytes that must be free on the device for a decode to plan with so many."""
+    return math.ceil(with_room(counted, device) / _SHARE)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import T3Error
 from .tiles import Reach
 
-_PLACE = re.compile(r"decoder\.upsamples\.(\d+)\.(?:upsamples\.(\d+)\.)?(?:residual|resample)\.")
-_WAN = "a Wan2.1 VAE (wan_2.1_vae.safetensors) or a Wan2.2 VAE (wan2.2_vae.safetensors)"
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
+WAN = "a Wan2.1 VAE (wan_2.1_vae.safetensors) or a Wan2.2 VAE (wan2.2_vae.safetensors)"
 
 
 @dataclass(frozen=True)
@@ -87,55 +89,80 @@ class Structure:
         return 1 + (latent_frames - 1) * factor
 
 
-def read_structure(shapes: Mapping[str, tuple[int, ...]]) -> Structure:
+def read_structure(shapes: Shapes) -> Structure:
     """The structure that these shapes, by original Wan VAE key names, describe.
 
     Raises T3Error when they are not those of a whole Wan VAE decoder.
     """
-    if "decoder.middle.0.residual.0.gamma" not in shapes:
-        raise T3Error(
-            f"these weights ({len(shapes)} tensors) are no Wan VAE: decoder.middle.0.residual.0.gamma is missing. "
-            f"Use {_WAN}."
-        )
+    return read_whole(shapes, "decoder", "are no Wan VAE", _read)
+
+
+def read_whole(shapes: Shapes, part: str, otherwise: str, read: Callable[[Shapes], Any]) -> Any:
+    """`read(shapes)`, with sentences for what is missing.
+
+    part: "decoder" or "encoder". otherwise: what is said of weights that have no such part at all.
+    """
+    first = f"{part}.middle.0.residual.0.gamma"
+    if first not in shapes:
+        raise T3Error(f"these weights ({len(shapes)} tensors) {otherwise}: {first} is missing. Use {WAN}.")
     try:
-        return _read(shapes)
+        return read(shapes)
     except KeyError as error:
         raise T3Error(
-            f"these weights are no whole Wan VAE: {error.args[0]} is missing. Use {_WAN}, downloaded whole."
+            f"these weights are no whole Wan VAE: {error.args[0]} is missing. Use {WAN}, downloaded whole."
         ) from None
 
 
-def _read(shapes: Mapping[str, tuple[int, ...]]) -> Structure:
-    nested = "decoder.upsamples.0.upsamples.0.residual.2.weight" in shapes
-    places = sorted({(int(m[1]), int(m[2] or 0)) for key in shapes if (m := _PLACE.match(key))})
-    levels: list[Level] = []
+def read_levels(
+    shapes: Shapes, stages: str, resample: Callable[[str, Shape], Any]
+) -> list[tuple[tuple[Block, ...], Any]]:
+    """For each level its residual blocks and what `resample(name, shape of its convolution)` makes of the resampling
+    after them, None at the last level. stages: such as "decoder.upsamples"; in Wan2.2 they are stages of stages."""
+    own = stages.split(".")[1]
+    place = re.compile(rf"{re.escape(stages)}\.(\d+)\.(?:{own}\.(\d+)\.)?(?:residual|resample)\.")
+    nested = is_nested(shapes, stages)
+    places = sorted({(int(m[1]), int(m[2] or 0)) for key in shapes if (m := place.match(key))})
+    levels: list[tuple[tuple[Block, ...], Any]] = []
     blocks: list[Block] = []
     for stage, index in places:
-        name = f"decoder.upsamples.{stage}" + (f".upsamples.{index}" if nested else "")
-        resample = shapes.get(f"{name}.resample.1.weight")
-        if resample is None:
+        name = f"{stages}.{stage}" + (f".{own}.{index}" if nested else "")
+        convolution = shapes.get(f"{name}.resample.1.weight")
+        if convolution is None:
             weight = shapes[f"{name}.residual.2.weight"]
             blocks.append(Block(name, weight[1], weight[0], weight[-1] // 2))
         else:
-            temporal = f"{name}.time_conv.weight" in shapes
-            upsample = Upsample(name, resample[1], resample[0], resample[-1] // 2, temporal)
-            levels.append(Level(tuple(blocks), upsample))
+            levels.append((tuple(blocks), resample(name, convolution)))
             blocks = []
-    levels.append(Level(tuple(blocks), None))
-    if not all(level.blocks for level in levels):
-        raise KeyError("a residual block of decoder.upsamples")
+    levels.append((tuple(blocks), None))
+    if not all(blocks for blocks, _ in levels):
+        raise KeyError(f"a residual block of {stages}")
+    return levels
+
+
+def is_nested(shapes: Shapes, stages: str) -> bool:
+    """Whether this is Wan2.2's way to name them."""
+    return f"{stages}.0.{stages.split('.')[1]}.0.residual.2.weight" in shapes
+
+
+def _read(shapes: Shapes) -> Structure:
+    stages = "decoder.upsamples"
+
+    def upsample(name: str, shape: Shape) -> Upsample:
+        return Upsample(name, shape[1], shape[0], shape[-1] // 2, f"{name}.time_conv.weight" in shapes)
+
+    levels = tuple(Level(*level) for level in read_levels(shapes, stages, upsample))
     head = shapes["decoder.head.2.weight"]
     patch = math.isqrt(head[0] // 3)
     if head[0] != 3 * patch * patch:
         raise T3Error(
             f"this VAE's decoder gives {head[0]} channels; only RGB is decoded here: 3 channels, or 3 for each of "
-            f"2 x 2 pixels. Use {_WAN}."
+            f"2 x 2 pixels. Use {WAN}."
         )
     return Structure(
         latent_channels=shapes["conv2.weight"][0],
         width=shapes["decoder.conv1.weight"][0],
-        levels=tuple(levels),
+        levels=levels,
         head_radius=head[-1] // 2,
         patch=patch,
-        residual=nested,
+        residual=is_nested(shapes, stages),
     )
