@@ -24,7 +24,8 @@ def pytest_configure(config):
 
 
 def pytest_generate_tests(metafunc):
-    if "device" in metafunc.fixturenames:
+    # Tests of kernels have a `device` of their own.
+    if "device" in metafunc.fixturenames and ROOT / "tests/kernels" not in metafunc.definition.path.parents:
         import torch
 
         metafunc.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])

@@ -9,6 +9,7 @@ from vae_fixtures import NAMES, SCALE, Peak, as_frames, off, random_latents, sma
 from vae_fixtures import one_thread as one_thread
 
 from t3.errors import T3Error
+from t3.kernels.conv_sum.naive import STRIP
 from t3.vae import decode_frames
 from t3.vae.decoder import WanDecoder
 from t3.vae.memory import is_out_of_memory, kept_bytes, middle_bytes, tile_bytes
@@ -61,7 +62,7 @@ def test_any_strides_and_dtype_of_latents(name, decoder):
     apart = torch.zeros(1, 2, 6, 4, latents.shape[1] * 2, dtype=torch.float16).movedim(-1, 1)[:, ::2, :, ::2]
     apart.copy_(latents)
     assert not apart.is_contiguous()
-    assert torch.equal(decode_frames(decoder, apart), wanted)
+    assert off(decode_frames(decoder, apart), wanted) < 1e-13
     assert torch.equal(decode_frames(decoder, latents.double().expand(2, -1, -1, -1, -1))[1:], wanted)
 
 
@@ -207,13 +208,14 @@ def test_the_memory_stated_is_the_memory_taken(name, dtype, tile):
         decode_frames(decoder, latents, tile=(tile[0] * SCALE[name], tile[1] * SCALE[name]), out=out)
     # On the CPU torch unfolds the input of a convolution in float32 if that is 20,480 numbers at most.
     unfolded = 9 * 20480 * size if dtype == torch.float32 else 0
-    assert 0.9 * stated < peak.most < 1.06 * stated + unfolded
+    # Three strips in float32 is what plain torch holds beside.
+    assert 0.9 * stated < peak.most < 1.02 * stated + unfolded + 3 * 4 * STRIP["cpu"]
 
 
 def test_the_tile_follows_from_the_memory(name, decoder):
     structure = decoder.structure
     tiles = []
-    for memory in (3 * 10**6, 6 * 10**6, 2 * 10**7, 10**9):
+    for memory in (5 * 10**6, 10**7, 2 * 10**7, 10**9):
         tile = make_plan(structure, (2, 30, 30), CPU, 4, memory, None).tile
         core = max(cores(30, 30, tile), key=lambda core: decoder.windows(core)[0][0].area)
         kept = kept_bytes(structure, 2, 30, 30, 4)

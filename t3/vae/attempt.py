@@ -27,6 +27,12 @@ class Meter:
             self._progress(self.done, self.total)
 
 
+def wait_for(device: torch.device) -> None:
+    """Until the work given to a GPU is done: without it, progress runs ahead, and cancelling waits for all of it."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 def attempt(work: Callable[[], None], device: torch.device, meter: Meter) -> bool:
     """Do the work; False, with the memory given back and the meter put back, if memory ran out."""
     done = meter.done

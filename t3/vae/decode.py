@@ -9,10 +9,10 @@ from functools import partial
 import torch
 
 from ..errors import T3Error
-from .attempt import Meter, Say, attempt, out_of_memory, tile_by_tile
+from .attempt import Meter, Say, attempt, out_of_memory, tile_by_tile, wait_for
 from .decoder import WanDecoder
-from .layers import Past
-from .output import as_pixels, check_out
+from .output import Outlet, check_out
+from .past import Past
 from .plan import Plan, make_plan
 from .tiles import Window
 
@@ -102,10 +102,11 @@ class _Clip:
 
         def work() -> None:
             hidden.clear()
-            past = Past()
+            past = Past(self.latents.shape[2])
             for latent in self.latents.unbind(2):
                 latent = latent.to(self.decoder.device, self.decoder.dtype)
                 hidden.append(self.decoder.middle(latent, past, self.plan.scores).to(self.plan.keep_on))
+                wait_for(self.decoder.device)
                 self.meter.add(whole.area)
 
         if not self._attempt(work):
@@ -121,13 +122,13 @@ class _Clip:
         windows = self.decoder.windows(core)
         pixels = core.scaled(self.decoder.structure.scale)
         target = self.out[:, pixels.rows.here, pixels.cols.here]
-        past, number = Past(), 0
+        past, outlet = Past(len(self.out)), Outlet(target, self.decoder.device)
         for whole in hidden:
             x = whole[windows[0][0].here].to(self.decoder.device)
             for frame in self.decoder.pixels(x, past, core, windows):
-                target[number].copy_(as_pixels(frame[0], self.out.dtype))
-                number += 1
+                outlet.put(frame[0])
                 self.meter.add(core.area)
+        outlet.finish()
 
 
 def _check_latents(decoder: WanDecoder, latents: torch.Tensor) -> None:

@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import T3Error
-from .layers import Attention, Conv, Norm, Past, ResidualBlock, UpLevel
+from .layers import Attention, Conv, Norm, ResidualBlock, UpLevel
+from .past import Past
 from .state import build
 from .structure import Shapes, Structure, read_structure
+from .sums import Sum, laid_out, layout
 from .tiles import TileWindows, Window, tile_windows
 
 
@@ -75,15 +77,15 @@ class WanDecoder(nn.Module):
     def middle(self, latent: torch.Tensor, past: Past, memory: int | None = None) -> torch.Tensor:
         """One latent frame `[B, C, H, W]` through the middle stage: `[B, width, H, W]`.
 
-        memory: bytes that attention scores may take (not needed where torch's attention keeps none).
+        memory: bytes that attention scores may take (not needed where attention keeps none).
         """
         whole = Window.whole(*latent.shape[2:])
-        if latent.device.type == "cuda":
-            latent = latent.contiguous(memory_format=torch.channels_last)
-        x = self.first(self.post_quant(latent, None, whole, whole), past, whole, whole)
-        x = self.middle_before(x, past, whole, whole)
-        x = self.middle_attention(x, whole, memory)
-        return self.middle_after(x, past, whole, whole)
+        x = Sum(self.post_quant.pointwise(latent.contiguous(memory_format=layout(latent.device))), whole)
+        x.write(self.first.place(past, x))
+        x = self.first(past, x, whole)
+        x = self.middle_before(x, past, whole)
+        x = self.middle_attention(x, memory)
+        return self.middle_after(x, past, whole).value()
 
     def windows(self, core: Window) -> TileWindows:
         """The windows at each level that it takes to decode `core`, given in latents."""
@@ -98,19 +100,21 @@ class WanDecoder(nn.Module):
         memory small.
         """
         output = core.scaled(self.structure.upscale)
-        waiting = [(0, x)]
+        waiting = [(0, Sum(laid_out(x), windows[0][0]))]
         del x
         while waiting:
             level, frame = waiting.pop()
             need = windows[level + 1][0] if level + 1 < len(windows) else windows[level][-1]
             frames = self.levels[level](frame, past, windows[level], need)
+            del frame
             if level + 1 < len(windows):
                 waiting.extend((level + 1, later) for later in reversed(frames))
-                del frame, frames
+                del frames
                 continue
-            y = self.head(self.head_norm(frames[0]), past, need, output)
-            del frame, frames
-            yield self._unpatchify(y)
+            (last,) = frames
+            self.head_norm(last, self.head.place(past, last))
+            yield self._unpatchify(self.head(past, last, output).value())
+            del last, frames
 
     def _unpatchify(self, y: torch.Tensor) -> torch.Tensor:
         """Channels (colour, column, row) to `patch` x `patch` pixels."""
@@ -128,7 +132,7 @@ class WanDecoder(nn.Module):
         """
         core = Window.whole(*latents.shape[3:])
         windows = self.windows(core)
-        middle_past, past = Past(), Past()
+        middle_past, past = Past(latents.shape[2]), Past(self.structure.frames(latents.shape[2]))
         frames: list[torch.Tensor] = []
         for latent in latents.to(self.device, self.dtype).unbind(2):
             frames.extend(self.pixels(self.middle(latent, middle_past), past, core, windows))

@@ -11,15 +11,17 @@ from torch import nn
 
 from .down_structure import DownLevel, Downsample
 from .down_tiles import beyond, doubled
-from .layers import Conv, Past, ResidualBlock, State
+from .layers import Conv, ResidualBlock, State, run_blocks
+from .past import Past
+from .sums import Sum
 from .tiles import Window
 
 
 class DownPast(Past):
     """The feature cache of an encoder: also the frames that wait for the rest of their pair."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, frames: int | None = None) -> None:
+        super().__init__(frames)
         self._waiting: dict[nn.Module, list[torch.Tensor]] = {}
 
     def pair(self, layer: nn.Module, frame: torch.Tensor, keep: int) -> list[torch.Tensor] | None:
@@ -44,23 +46,23 @@ class Downsampling(nn.Module):
         self.conv = Conv(state, f"{shape.name}.resample.1")
         self.time_conv = Conv(state, f"{shape.name}.time_conv") if shape.temporal else None
 
-    def forward(self, x: torch.Tensor, past: DownPast, have: Window, need: Window) -> torch.Tensor | None:
-        """`x` holds `have`; gives `need`, at half the size."""
+    def forward(self, x: Sum, past: DownPast, need: Window) -> Sum | None:
+        """Gives `need`, at half the size of `x`."""
         seen = Window(doubled(need.rows, self.kernel), doubled(need.cols, self.kernel))
-        x = x[seen.inside(have)]
+        frame = x.value()[seen.inside(x.window)]
         # Zeros only at the right and the bottom, and only at the picture's own edge. `conv2d` would pad both ends.
         right, bottom = beyond(need.cols, self.kernel), beyond(need.rows, self.kernel)
         if right or bottom:
-            x = F.pad(x, (0, right, 0, bottom))
-        y = F.conv2d(x, self.conv.weight, self.conv.bias, stride=2)
+            frame = F.pad(frame, (0, right, 0, bottom))
+        y = Sum(F.conv2d(frame, self.conv.weight, None, stride=2), need, self.conv.bias)
         if self.time_conv is None:
             return y
-        del x
-        frames = past.pair(self, y, self.overlap)
+        del frame
+        frames = past.pair(self, y.value(), self.overlap)
         if frames is None:
             return None
         # The first frame goes by: the time convolution does not see it until it makes one of the next two.
-        return y if len(frames) == 1 else self.time_conv(torch.cat(frames, dim=1), None, need, need)
+        return y if len(frames) == 1 else Sum(self.time_conv.pointwise(torch.cat(frames, dim=1)), need)
 
 
 class MeanShortcut(nn.Module):
@@ -72,9 +74,9 @@ class MeanShortcut(nn.Module):
         self.halves = shape.downsample is not None
         self.temporal = shape.downsample is not None and shape.downsample.temporal
 
-    def forward(self, x: torch.Tensor, past: DownPast, have: Window, need: Window) -> torch.Tensor | None:
-        """`x` holds `have`; gives `need`, at half the size if the level halves."""
-        x = x[(need.scaled(2) if self.halves else need).inside(have)]
+    def forward(self, frame: Sum, past: DownPast, need: Window) -> torch.Tensor | None:
+        """Gives `need`, at half the size of `frame` if the level halves."""
+        x = frame.value()[(need.scaled(2) if self.halves else need).inside(frame.window)]
         if self.halves:
             x = F.pixel_unshuffle(x, 2)  # channel, row, column
         if self.temporal:
@@ -97,17 +99,13 @@ class DownStage(nn.Module):
         self.downsampling = Downsampling(state, shape.downsample) if shape.downsample else None
         self.shortcut = MeanShortcut(shape) if residual else None
 
-    def forward(
-        self, x: torch.Tensor, past: DownPast, windows: tuple[Window, ...], need: Window
-    ) -> torch.Tensor | None:
+    def forward(self, x: Sum, past: DownPast, windows: tuple[Window, ...], need: Window) -> Sum | None:
         """What `x` becomes if its time has come: `x` holds windows[0], each block gives the next, the last `need`."""
-        y: torch.Tensor | None = x
-        for block, have, then in zip(self.blocks, windows, windows[1:], strict=False):
-            y = block(y, past, have, then)
+        y: Sum | None = run_blocks(self.blocks, x, past, windows, keep=self.shortcut is not None)
         if self.downsampling is not None:
-            y = self.downsampling(y, past, windows[-1], need)
+            y = self.downsampling(y, past, need)
         if self.shortcut is None:
             return y
-        around = self.shortcut(x, past, windows[0], need)
-        # A new tensor: `y` may be kept for the next frames.
-        return None if y is None or around is None else y + around
+        around = self.shortcut(x, past, need)
+        # The value of `y` may be kept for the next frames: it is the one that is only read.
+        return None if y is None or around is None else Sum(around, need, by=y.value())

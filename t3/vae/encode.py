@@ -9,13 +9,14 @@ from functools import partial
 import torch
 
 from ..errors import T3Error
-from .attempt import Meter, Say, attempt, out_of_memory, tile_by_tile
+from .attempt import Meter, Say, attempt, out_of_memory, tile_by_tile, wait_for
 from .down_layers import DownPast
 from .down_plan import make_down_plan
 from .encoder import WanEncoder
 from .frames import as_input, check_frames
-from .layers import Past
+from .past import Past
 from .plan import Plan
+from .sums import layout
 from .tiles import Window
 
 Progress = Callable[[int, int], object]
@@ -102,13 +103,12 @@ class _Clip:
         features: list[torch.Tensor] = []
         _, frames, height, width = self.latents.shape
         shape = 1, self.encoder.structure.width, height, width
-        layout = torch.channels_last if self.encoder.device.type == "cuda" else torch.contiguous_format
+        dtype, order = self.encoder.dtype, layout(self.encoder.device)
 
         def work() -> None:
             features.clear()
             for _ in range(frames):
-                frame = torch.empty(shape, dtype=self.encoder.dtype, device=self.plan.keep_on, memory_format=layout)
-                features.append(frame)
+                features.append(torch.empty(shape, dtype=dtype, device=self.plan.keep_on, memory_format=order))
 
         if not self._attempt(work):
             features.clear()
@@ -123,13 +123,14 @@ class _Clip:
         encoder = self.encoder
         windows = encoder.windows(core)
         pixels = windows.pixels.scaled(encoder.structure.patch)
-        past, number = DownPast(), 0
+        past, number = DownPast(len(self.frames)), 0
         for frame in self.frames:
             x = as_input(frame[pixels.rows.here, pixels.cols.here], encoder.device, encoder.dtype)
             found = encoder.features(x, past, windows)
             if found is not None:
                 features[number][core.here] = found.to(self.plan.keep_on)
                 number += 1
+                wait_for(encoder.device)
             self.meter.add(core.area)
 
     def _finite(self, mean: torch.Tensor) -> torch.Tensor:
@@ -144,7 +145,7 @@ class _Clip:
         """The middle stage, one latent frame after the other, into `latents`."""
 
         def work() -> None:
-            past = Past()
+            past = Past(len(features))
             for number, x in enumerate(features):
                 mean = self.encoder.middle(x.to(self.encoder.device), past, self.plan.scores)
                 self.latents[:, number] = self._finite(mean[0].to(self.latents))

@@ -11,8 +11,10 @@ from torch import nn
 from .down_layers import DownPast, DownStage
 from .down_structure import DownStructure, read_down_structure
 from .down_tiles import DownWindows, down_windows
-from .layers import Attention, Conv, Norm, Past, ResidualBlock
+from .layers import Attention, Conv, Norm, ResidualBlock
+from .past import Past
 from .state import build
+from .sums import Sum, laid_out
 from .tiles import Window
 
 
@@ -73,33 +75,37 @@ class WanEncoder(nn.Module):
         frame: what `windows.pixels` holds of the picture. None while the frames of a latent frame are not complete:
         the first frame makes one by itself, then every `structure.step` frames one.
         """
-        x: torch.Tensor | None = self.first(self._patchify(frame), past, windows.pixels, windows.levels[0][0])
+        picture = Sum(self._patchify(frame), windows.pixels)
         del frame
+        picture.write(self.first.place(past, picture))
+        x: Sum = self.first(past, picture, windows.levels[0][0])
         for i, (level, have) in enumerate(zip(self.levels, windows.levels, strict=True)):
             need = windows.levels[i + 1][0] if i + 1 < len(windows.levels) else have[-1]
-            x = level(x, past, have, need)
-            if x is None:
+            result = level(x, past, have, need)
+            if result is None:
                 return None
-        return x
+            x = result
+        return x.value()
 
     def middle(self, x: torch.Tensor, past: Past, memory: int | None = None) -> torch.Tensor:
         """One whole latent frame through the middle stage: `[B, width, H, W]` to its latents `[B, C, H, W]`, the mean.
 
-        memory: bytes that attention scores may take (not needed where torch's attention keeps none).
+        memory: bytes that attention scores may take (not needed where attention keeps none).
         """
         whole = Window.whole(*x.shape[2:])
-        x = self.middle_before(x, past, whole, whole)
-        x = self.middle_attention(x, whole, memory)
-        x = self.middle_after(x, past, whole, whole)
-        x = self.head(self.head_norm(x), past, whole, whole)
-        return self.quant(x, None, whole, whole).chunk(2, dim=1)[0]
+        y = self.middle_before(Sum(laid_out(x), whole), past, whole)
+        del x
+        y = self.middle_attention(y, memory)
+        y = self.middle_after(y, past, whole)
+        self.head_norm(y, self.head.place(past, y))
+        return self.quant.pointwise(self.head(past, y, whole).value()).chunk(2, dim=1)[0]
 
     def _patchify(self, frame: torch.Tensor) -> torch.Tensor:
         """`patch` x `patch` pixels to channels (colour, column, row)."""
         patch = self.structure.patch
         if patch > 1:
             frame = F.pixel_unshuffle(frame, patch).unflatten(1, (3, patch, patch)).transpose(2, 3).flatten(1, 3)
-        return frame.contiguous(memory_format=torch.channels_last) if frame.device.type == "cuda" else frame
+        return laid_out(frame)
 
     @torch.inference_mode()
     def untiled(self, video: torch.Tensor) -> torch.Tensor:
@@ -110,6 +116,6 @@ class WanEncoder(nn.Module):
         """
         scale = self.structure.scale
         windows = self.windows(Window.whole(video.shape[3] // scale, video.shape[4] // scale))
-        past, middle_past = DownPast(), Past()
+        past, middle_past = DownPast(video.shape[2]), Past(self.structure.latent_frames(video.shape[2]))
         found = (self.features(frame, past, windows) for frame in video.to(self.device, self.dtype).unbind(2))
         return torch.stack([self.middle(x, middle_past) for x in found if x is not None], dim=2)

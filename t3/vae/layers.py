@@ -2,43 +2,27 @@
 
 A causal convolution over time is a 2-D convolution over the channels of the last frames, side by side: the same sum,
 and the form that runs fastest (with channels last). Every layer takes the window of the picture its input holds and
-the window its result shall hold (`t3.vae.tiles`), so that a tile computes what it needs and no more.
+the window its result shall hold (`t3.vae.tiles`), so that a tile computes what it needs and no more. Layers pass on
+sums that are not yet added up (`t3.vae.sums`): the next one does that in the same pass as its norm.
 Frames are `[B, C, h, w]`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..kernels.conv_sum.naive import Doubled
+from .attend import attend
+from .past import Past
 from .structure import Level, Upsample
-from .tiles import Place, Window
+from .sums import Sum, layout
+from .tiles import Window, padding
 
 State = Mapping[str, torch.Tensor]
-
-
-class Past:
-    """The feature cache: for each causal convolution, the frames it has seen and will look at again."""
-
-    def __init__(self) -> None:
-        self._frames: dict[nn.Module, list[torch.Tensor]] = {}
-
-    def push(self, layer: nn.Module, frame: torch.Tensor, keep: int) -> torch.Tensor:
-        """Frames that `layer` sees, oldest first, side by side in the channels; remembers the last `keep`."""
-        frames = [*self._frames.get(layer, ()), frame]
-        self._frames[layer] = frames[-keep:] if keep else []
-        return frames[0] if len(frames) == 1 else torch.cat(frames, dim=1)
-
-    def first_time(self, layer: nn.Module) -> bool:
-        """Whether `layer` asks this for the first time."""
-        if layer in self._frames:
-            return False
-        self._frames[layer] = []
-        return True
 
 
 class Conv(nn.Module):
@@ -51,22 +35,51 @@ class Conv(nn.Module):
         if weight.ndim == 5:
             weight = weight.transpose(1, 2).flatten(1, 2)
         self.radius = weight.shape[-1] // 2
-        self.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last), requires_grad=False)
-        self.bias = nn.Parameter(state[f"{name}.bias"], requires_grad=False)
+        self.weight = _parameter(weight.contiguous(memory_format=layout(weight.device)))
+        self.bias = _parameter(state[f"{name}.bias"])
 
-    def forward(self, frame: torch.Tensor, past: Past | None, have: Window, need: Window) -> torch.Tensor:
-        """`frame` holds `have`; gives `need`. past: may be None where the kernel spans one frame."""
-        x = frame if past is None else past.push(self, frame, self.depth - 1)
-        weight = self.weight[:, -x.shape[1] :]
-        if not self.radius:
-            return F.conv2d(x, weight, self.bias)[need.inside(have)]
-        # Zeros are padded where the window ends at the picture's edge. `conv2d` pads both ends of an axis alike: what
-        # it gets wrong at an inner end is outside `need`, and is cut off.
-        rows, cols = (self.radius * (span.start == 0 or span.stop == span.size) for span in (have.rows, have.cols))
-        x = F.conv2d(x, weight, self.bias, padding=(rows, cols))
+    def place(self, past: Past, like: Sum) -> torch.Tensor:
+        """Where the frame `like` shall be written for this convolution to look at."""
+        return past.place(self, self.depth, like)
+
+    def forward(self, past: Past, like: Sum, need: Window) -> Sum:
+        """The convolution of the frame written last, which is like `like`, and those before it; gives `need`."""
+        frames, weight, _ = self._turned(past, like)
+        have = like.window
+        rows, cols = (padding(span, self.radius) for span in (have.rows, have.cols))
+        y = F.conv2d(frames, weight, None, padding=(rows, cols))
         top = need.rows.start - have.rows.start - self.radius + rows
         left = need.cols.start - have.cols.start - self.radius + cols
-        return x[..., top : top + need.rows.length, left : left + need.cols.length]
+        return Sum(y[..., top:, left:], need, self.bias)
+
+    def in_time(self, past: Past, like: Sum, parts: int) -> list[torch.Tensor]:
+        """As `forward`, for a convolution over time alone: its channels in so many tensors."""
+        frames, weight, bias = self._turned(past, like)
+        return [
+            pointwise(frames, some, its_bias)
+            for some, its_bias in zip(weight.chunk(parts), bias.chunk(parts), strict=True)
+        ]
+
+    def pointwise(self, x: torch.Tensor) -> torch.Tensor:
+        """The convolution where it is one of single pixels."""
+        return pointwise(x, self.weight, self.bias)
+
+    def _turned(self, past: Past, like: Sum) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The frames it looks at, the weight with its parts for the frames in their order there, and the bias."""
+        frames, count, newest = past.frames(self, self.depth, like)
+        each = self.weight.shape[1] // self.depth
+        weight = self.weight[:, (self.depth - count) * each :]
+        first = (count - 1 - newest) * each
+        if first:
+            weight = torch.cat((weight[:, first:], weight[:, :first]), dim=1)
+        return frames, weight, self.bias
+
+
+def pointwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """A convolution of single pixels; where channels are last, as the matrix product that it is, bias included."""
+    if x.device.type == "cuda" and x.permute(0, 2, 3, 1).is_contiguous():
+        return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+    return F.conv2d(x, weight, bias)
 
 
 class Norm(nn.Module):
@@ -74,15 +87,12 @@ class Norm(nn.Module):
 
     def __init__(self, state: State, name: str, silu: bool = True) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(state[f"{name}.gamma"].flatten(), requires_grad=False)
+        self.gamma = _parameter(state[f"{name}.gamma"].flatten())
         self.silu = silu
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = torch.float32 if x.element_size() < 4 else x.dtype
-        length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide)
-        factor = math.sqrt(x.shape[1]) / length.clamp_min_(1e-12)
-        x_normed = (x * factor).mul_(self.gamma.to(wide)[:, None, None])
-        return (F.silu(x_normed, inplace=True) if self.silu else x_normed).to(x.dtype)
+    def forward(self, x: Sum, place: torch.Tensor, keep: bool = False) -> None:
+        """Write the norm of `x` to `place`. keep: whether the value of `x` is wanted after that."""
+        x.write_normed(place, self.gamma, self.silu, keep)
 
 
 class ResidualBlock(nn.Module):
@@ -94,12 +104,13 @@ class ResidualBlock(nn.Module):
         self.norm2, self.conv2 = Norm(state, f"{name}.residual.3"), Conv(state, f"{name}.residual.6")
         self.shortcut = Conv(state, f"{name}.shortcut") if f"{name}.shortcut.weight" in state else None
 
-    def forward(self, x: torch.Tensor, past: Past, have: Window, need: Window) -> torch.Tensor:
-        middle = need.grown(self.conv2.radius)
-        y = self.conv1(self.norm1(x), past, have, middle)
-        y = self.conv2(self.norm2(y), past, middle, need)
-        x = x[need.inside(have)]
-        return y.add_(x if self.shortcut is None else self.shortcut(x, None, need, need))
+    def forward(self, x: Sum, past: Past, need: Window) -> Sum:
+        self.norm1(x, self.conv1.place(past, x), keep=True)
+        y = self.conv1(past, x, need.grown(self.conv2.radius))
+        self.norm2(y, self.conv2.place(past, y))
+        y = self.conv2(past, y, need)
+        by = x.value() if self.shortcut is None else self.shortcut.pointwise(x.value())
+        return y.plus(by[need.inside(x.window)])
 
 
 class Attention(nn.Module):
@@ -110,31 +121,16 @@ class Attention(nn.Module):
         self.norm = Norm(state, f"{name}.norm", silu=False)
         self.to_qkv, self.proj = Conv(state, f"{name}.to_qkv"), Conv(state, f"{name}.proj")
 
-    def forward(self, x: torch.Tensor, whole: Window, memory: int | None) -> torch.Tensor:
-        """memory: bytes that scores may take, where torch has no attention that keeps none."""
-        qkv = self.to_qkv(self.norm(x), None, whole, whole)
-        q, k, v = qkv.flatten(2).transpose(1, 2)[:, None].chunk(3, dim=-1)
-        rows = q.shape[2] if memory is None or keeps_no_scores(q, k, v) else max(1, memory // score_bytes(q))
-        parts = [F.scaled_dot_product_attention(some, k, v) for some in q.split(rows, dim=2)]
-        attended = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-        y = self.proj(attended[:, 0].transpose(1, 2).unflatten(2, x.shape[2:]), None, whole, whole)
-        return y.add_(x)
-
-
-def keeps_no_scores(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether torch computes this attention without storing scores, as far as it tells. Slow shapes need no splitting
-    then, and splitting would leave a GPU idle."""
-    if q.device.type != "cuda":
-        return False
-    params = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, False)
-    return torch.backends.cuda.can_use_flash_attention(params) or torch.backends.cuda.can_use_efficient_attention(
-        params
-    )
-
-
-def score_bytes(q: torch.Tensor) -> int:
-    """Bytes of scores per query: the scores, their softmax and a working copy, in float32 at least."""
-    return 3 * q.shape[0] * q.shape[2] * max(4, q.element_size())
+    def forward(self, x: Sum, memory: int | None) -> Sum:
+        """x: a whole frame. memory: bytes that scores may take, where there is no attention that keeps none."""
+        normed = x.room()
+        self.norm(x, normed, keep=True)
+        qkv = self.to_qkv.pointwise(normed)
+        del normed
+        q, k, v = qkv.flatten(2).transpose(1, 2).chunk(3, dim=-1)
+        attended = attend(q, k, v, memory).transpose(1, 2).unflatten(2, x.shape[2:])
+        del qkv, q, k, v
+        return Sum(self.proj.pointwise(attended), x.window, by=x.value())
 
 
 class Upsampling(nn.Module):
@@ -142,52 +138,58 @@ class Upsampling(nn.Module):
 
     def __init__(self, state: State, shape: Upsample) -> None:
         super().__init__()
-        self.conv = Conv(state, f"{shape.name}.resample.1")
+        self.weight = _parameter(doubling_weight(state[f"{shape.name}.resample.1.weight"]))
+        self.bias = _parameter(state[f"{shape.name}.resample.1.bias"])
         self.time_conv = Conv(state, f"{shape.name}.time_conv") if shape.temporal else None
 
-    def forward(self, x: torch.Tensor, past: Past, have: Window, need: Window) -> list[torch.Tensor]:
-        frames: tuple[torch.Tensor, ...] = (x,)
+    def forward(self, x: Sum, past: Past, need: Window) -> list[Sum]:
         # The first frame goes by: the time convolution does not see it, and begins with zeros at the second.
-        if self.time_conv is not None and not past.first_time(self):
-            frames = self.time_conv(x, past, have, have).chunk(2, dim=1)
-        doubled = have.scaled(2)
-        return [
-            self.conv(F.interpolate(frame, scale_factor=2.0, mode="nearest-exact"), None, doubled, need)
-            for frame in frames
-        ]
+        if self.time_conv is None or past.first_time(self):
+            frames = [x.value()]
+        else:
+            x.write(self.time_conv.place(past, x))
+            frames = self.time_conv.in_time(past, x, 2)
+        top, left = need.rows.start // 2 - x.window.rows.start, need.cols.start // 2 - x.window.cols.start
+        doubled = Doubled(need.rows.start % 2, need.cols.start % 2)
+        found = []
+        while frames:
+            y = F.conv2d(frames.pop(0), self.weight, None, padding=1)
+            found.append(Sum(y[..., top:, left:], need, self.bias, doubled=doubled))
+        return found
 
 
-class Shortcut(nn.Module):
+def doubling_weight(weight: torch.Tensor) -> torch.Tensor:
+    """The weight `[4 out, in, 2, 2]` that makes of a picture what `weight`, `[out, in, 3, 3]`, makes of it doubled.
+
+    Where every pixel is there four times, the nine that a convolution looks at are four different ones, and weights of
+    the same pixel can be added beforehand: 4/9 of the work. See `Doubled` for what comes out.
+    """
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    rows = _doubling_rows(weight.to(wide))
+    parts = [_doubling_rows(part.transpose(2, 3)) for part in rows]
+    stacked = torch.cat([part.transpose(2, 3) for pair in parts for part in pair])
+    return stacked.to(weight.dtype).contiguous(memory_format=layout(weight.device))
+
+
+def _doubling_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three rows of weights as two: for a pixel that is the upper of its pair, and for the lower."""
+    above, here, below = weight.unbind(2)
+    return torch.stack((above, here + below), dim=2), torch.stack((above + here, below), dim=2)
+
+
+class Shortcut:
     """Wan2.2's path around a level: channels dealt out to the pixels and frames that upsampling makes."""
 
-    channels: torch.Tensor
+    def __init__(self, shape: Upsample) -> None:
+        self.times = 2 if shape.temporal else 1
 
-    def __init__(self, into: int, shape: Upsample) -> None:
-        super().__init__()
-        times = 2 if shape.temporal else 1
-        places = torch.arange(shape.out * times * 4) // (shape.out * times * 4 // into)
-        # [frame, row, column] of the pixels made of one: the channels of the input that they hold.
-        channels = places.view(shape.out, times, 2, 2).permute(1, 2, 3, 0).contiguous()
-        self.register_buffer("channels", channels, persistent=False)
-
-    def add_to(self, frames: list[torch.Tensor], x: torch.Tensor, have: Window, need: Window) -> None:
-        """Add what of `x`, which holds `have`, falls on `frames`, which hold `need` at twice the size."""
+    def add_to(self, frames: list[Sum], x: Sum) -> list[Sum]:
+        """The frames, at twice the size of `x`, with what of it falls on them."""
+        need, have = frames[0].window, x.window
+        by = x.value()[..., need.rows.start // 2 - have.rows.start :, need.cols.start // 2 - have.cols.start :]
         # The clip's first frame is one where others are two, and stands for the later of them.
-        for frame, by_pixel in zip(frames, self.channels[-len(frames) :], strict=True):
-            for row in range(2):
-                for col in range(2):
-                    to, of = _phase(need, have, row, col)
-                    frame[to] += x[of].index_select(1, by_pixel[row, col])
-
-
-def _phase(need: Window, have: Window, row: int, col: int) -> tuple[Place, Place]:
-    """Where pixels of the given parity lie in `need`, and where those they come from lie in `have`, half its size."""
-    to, of = [], []
-    for inner, outer, parity in ((need.rows, have.rows, row), (need.cols, have.cols, col)):
-        first = inner.start + (inner.start + parity) % 2
-        to.append(slice(first - inner.start, None, 2))
-        of.append(slice(first // 2 - outer.start, (inner.stop - 1 - parity) // 2 + 1 - outer.start))
-    return (..., to[0], to[1]), (..., of[0], of[1])
+        first = self.times - len(frames)
+        return [frame.plus_dealt(by, self.times, first + i) for i, frame in enumerate(frames)]
 
 
 class UpLevel(nn.Module):
@@ -197,16 +199,27 @@ class UpLevel(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(ResidualBlock(state, block.name) for block in shape.blocks)
         self.upsampling = Upsampling(state, shape.upsample) if shape.upsample else None
-        self.shortcut = Shortcut(shape.blocks[0].into, shape.upsample) if residual and shape.upsample else None
+        self.shortcut = Shortcut(shape.upsample) if residual and shape.upsample else None
 
-    def forward(self, x: torch.Tensor, past: Past, windows: tuple[Window, ...], need: Window) -> list[torch.Tensor]:
+    def forward(self, x: Sum, past: Past, windows: tuple[Window, ...], need: Window) -> list[Sum]:
         """The frames that `x` becomes: `x` holds windows[0], each block gives the next, the frames hold `need`."""
-        y = x
-        for block, have, then in zip(self.blocks, windows, windows[1:], strict=False):
-            y = block(y, past, have, then)
+        y = run_blocks(self.blocks, x, past, windows, keep=self.shortcut is not None)
         if self.upsampling is None:
             return [y]
-        frames = self.upsampling(y, past, windows[-1], need)
-        if self.shortcut is not None:
-            self.shortcut.add_to(frames, x, windows[0], need)
-        return frames
+        frames = self.upsampling(y, past, need)
+        return frames if self.shortcut is None else self.shortcut.add_to(frames, x)
+
+
+def run_blocks(blocks: nn.ModuleList, x: Sum, past: Past, windows: tuple[Window, ...], keep: bool) -> Sum:
+    """The blocks of a level, from `x`, which holds windows[0]; each gives the next. keep: whether x is wanted after."""
+    y = x
+    for block, then in zip(blocks, windows[1:], strict=True):
+        result = block(y, past, then)
+        if y is not x or not keep:
+            y.forget()  # it is a term of the result, to be freed when that is added up
+        y = result
+    return y
+
+
+def _parameter(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)

@@ -1,22 +1,24 @@
 """How many bytes a decode takes, and how many there are.
 
-Counted are the tensors this package makes: feature caches, frames that wait, and the largest step's inputs, copies and
-results. What a library takes for itself inside a convolution is not known beforehand: `with_room` leaves some for it.
+Counted are the tensors this package makes: feature caches, frames that wait, and the largest step's inputs and results.
+What a library takes for itself inside a convolution is not known beforehand: `with_room` leaves some for it.
 """
 
 from __future__ import annotations
 
 import math
 import os
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from .structure import Level, Structure
-from .tiles import TileWindows, Window
+from .structure import Block, Level, Structure
+from .tiles import TileWindows, Window, convolved
 
-# Frames a 3x3x3 convolution keeps from the past.
-_PAST = 2
+# Frames that a causal convolution looks at, and has a place for.
+DEPTH = 3
 # Part of a device's free memory that a decode may take; the rest is for who else uses the device.
 _SHARE = 0.95
 # Bytes taken for every byte counted, on accelerators. The most that was measured beside cuDNN is 1.10.
@@ -25,11 +27,13 @@ _ROOM = 1.15
 
 def middle_bytes(structure: Structure, height: int, width: int, itemsize: int) -> int:
     """Peak of the middle stage on `height` x `width` latents, without attention scores and without its results."""
-    frame = height * width * itemsize
-    caches = _PAST * (structure.latent_channels + 4 * structure.width)
-    # In attention: the input and its norm, in float32 at first; q, k and v; their result and its copy.
-    step = structure.width * (7 + 2 * (itemsize < 4))
-    return frame * (caches + step)
+    caches = DEPTH * (structure.latent_channels + 4 * structure.width)
+    return height * width * itemsize * (caches + middle_step(structure.width))
+
+
+def middle_step(width: int) -> int:
+    """Numbers per latent of the middle stage's largest step: in attention, its input, the norm of it, q, k and v."""
+    return 5 * width
 
 
 def kept_bytes(structure: Structure, frames: int, height: int, width: int, itemsize: int) -> int:
@@ -40,44 +44,70 @@ def kept_bytes(structure: Structure, frames: int, height: int, width: int, items
 def tile_bytes(structure: Structure, windows: TileWindows, core: Window, itemsize: int) -> int:
     """Peak of decoding one tile frame by frame. core: in latents; windows: `WanDecoder.windows(core)`."""
     caches, waiting, peak = 0, 0, 0
-    for i, level in enumerate(structure.levels):
-        after = windows[i + 1][0].area if i + 1 < len(windows) else 0
-        entry = level.blocks[0].into * windows[i][0].area
-        level_caches, step = _level(level, windows[i], after, itemsize)
-        caches += level_caches
-        peak = max(peak, waiting + entry + step)
-        if level.upsample and level.upsample.temporal:
-            waiting += level.upsample.out * after
-    channels, area = structure.levels[-1].blocks[-1].out, windows[-1][-1].area
-    caches += _PAST * channels * area
-    picture = core.area * structure.upscale**2
-    # The frame before the head and after its norm, side by side with the past; then pixels, also as floats.
-    peak = max(peak, waiting + 5 * channels * area + 6 * 3 * structure.patch**2 * picture)
+    entry = structure.levels[0].blocks[0].into * windows[0][0].area
+    for level, have in zip(structure.levels, windows, strict=True):
+        needs = level_needs(level.blocks, have, entry, structure.residual and level.upsample is not None)
+        caches += needs.caches
+        peak = max(peak, waiting + needs.step)
+        if level.upsample is None:
+            entry = needs.result
+            continue
+        up = _upsampling(level, have, needs)
+        caches += up.caches
+        peak = max(peak, waiting + up.step)
+        entry = up.result
+        if level.upsample.temporal:
+            # Of two frames, one waits while the other goes on.
+            waiting += entry + needs.kept
+        else:
+            entry += needs.kept
+    last = windows[-1][-1]
+    channels, colours = structure.levels[-1].blocks[-1].out, 3 * structure.patch**2
+    caches += DEPTH * channels * last.area
+    pixels = core.area * structure.upscale**2
+    # The head's result, the frame with its pixels in place, as floats, and two that are on their way out.
+    head = colours * (convolved(last, structure.head_radius) + 9 * pixels)
+    peak = max(peak, waiting + entry, waiting + head)
     return (caches + peak) * itemsize
 
 
-def _level(level: Level, windows: tuple[Window, ...], after: int, itemsize: int) -> tuple[int, int]:
-    """Elements of a level's caches, and of its largest step beyond them. after: area of the upsampled frames."""
-    caches, step = 0, 0
-    wide = 2 if itemsize < 4 else 0  # a norm's result in float32, before it is rounded to 16 bits
-    for block, have, need in zip(level.blocks, windows, windows[1:], strict=False):
-        into, middle = block.into * have.area, block.out * need.grown(block.radius).area
-        out = block.out * need.area
-        caches += _PAST * (into + middle)
-        step = max(
-            step,
-            into + into + max(3 * into + middle, wide * into),
-            into + middle + max(3 * middle + out, (1 + wide) * middle),
-            into + 2 * out + (block.into * need.area if block.into != block.out else 0),
-        )
-    if level.upsample is not None:
-        up, frame = level.upsample, level.upsample.into * windows[-1].area
-        frames = 2 if up.temporal else 1
-        caches += _PAST * frame * up.temporal
-        in_time = frame + 3 * frame + 2 * frame if up.temporal else frame
-        in_space = frame * (1 + 2 * up.temporal) + 4 * frame + frames * up.out * after
-        step = max(step, in_time, in_space)
-    return caches, step
+class Needs(NamedTuple):
+    """Of a part of a level, in numbers. caches: kept from frame to frame. step: the most beyond them, with the input.
+    result: of the sum that it gives, not yet added up. kept: of its input, if that is wanted to the end."""
+
+    caches: int
+    step: int
+    result: int
+    kept: int
+
+
+def level_needs(blocks: tuple[Block, ...], windows: tuple[Window, ...], entry: int, keep: bool) -> Needs:
+    """Of a level's residual blocks. entry: numbers of its input's terms; keep: whether the input is wanted after."""
+    caches, step, kept = 0, 0, 0
+    for block, (have, need) in zip(blocks, pairwise(windows), strict=True):
+        middle = need.grown(block.radius)
+        x = block.into * have.area
+        caches += DEPTH * (x + block.out * middle.area)
+        first, second = block.out * convolved(have, block.radius), block.out * convolved(middle, block.radius)
+        around = block.out * have.area if block.into != block.out else 0
+        # Two copies of a weight: as it is, and turned. The first belongs to the decoder.
+        weight = 9 * DEPTH * block.out * max(block.into, block.out)
+        step = max(step, kept + entry + x, kept + x + first + weight, kept + x + second + max(weight, around))
+        entry = second + (around or x)
+        kept = kept or (x if keep else 0)
+    return Needs(caches, step, entry, kept)
+
+
+def _upsampling(level: Level, windows: tuple[Window, ...], blocks: Needs) -> Needs:
+    """Of a level's upsampling, after its blocks. `result` is of one frame."""
+    up, last = level.upsample, windows[-1]
+    assert up is not None
+    frame, doubled = up.into * last.area, 4 * up.out * (last.rows.length + 1) * (last.cols.length + 1)
+    if up.temporal:
+        steps = [blocks.result, 2 * frame + doubled, frame + 2 * doubled]
+    else:
+        steps = [blocks.result + frame, frame + doubled]
+    return Needs(DEPTH * frame * up.temporal, blocks.kept + max(steps), doubled, blocks.kept)
 
 
 def with_room(counted: int, device: torch.device) -> int:

@@ -85,6 +85,18 @@ class Window:
         return ..., self.rows.inside(outer.rows), self.cols.inside(outer.cols)
 
 
+def padding(span: Span, radius: int) -> int:
+    """Zeros that a convolution of this radius puts at both ends of an axis of its input: where the input ends at the
+    picture's edge. `conv2d` pads both ends alike; what it gets wrong at an inner end nobody needs, and is left out."""
+    return radius if span.start == 0 or span.stop == span.size else 0
+
+
+def convolved(window: Window, radius: int) -> int:
+    """Area of what such a convolution gives of an input that holds `window`."""
+    rows, cols = (axis.length - 2 * (radius - padding(axis, radius)) for axis in (window.rows, window.cols))
+    return rows * cols
+
+
 @dataclass(frozen=True)
 class Reach:
     """How far the convolutions of one level look. `blocks`: radius of each residual block, both convolutions together.
