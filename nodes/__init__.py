@@ -22,6 +22,7 @@ class T3Extension(ComfyExtension):
             from .plan import T3Plan
             from .preview import T3PlanPreview
             from .vae_decode import T3VAEDecode, T3VAEDecodeToVideo
+            from .vae_encode import T3VAEEncode
         except ImportError as error:
             log.error("T3 has no nodes here: it needs ComfyUI %s or newer (%s).", host_version.TESTED, error)
             return []
@@ -33,6 +34,7 @@ class T3Extension(ComfyExtension):
             T3LoadLatent,
             T3VAEDecode,
             T3VAEDecodeToVideo,
+            T3VAEEncode,
         ]
 
 

@@ -10,7 +10,7 @@ from ..t3.video import check_video, crop_frames, crop_rows, frame_rate
 from .families import MOST_PIXELS
 from .frame_buffer import new_frames, new_images
 from .frames_video import FramesVideo
-from .host_vae import Decode
+from .host_decode import Decode
 
 _LEAST_TILE = 16  # pixels: one latent of Wan2.2
 _INSTEAD_OF_IMAGES = (
@@ -33,10 +33,10 @@ class T3VAEDecode(io.ComfyNode):
                 "big decode."
             ),
             search_aliases=["vae decode", "vae decode tiled", "tiled decode", "4k decode", "latent to image"],
-            inputs=[*_latents_and_vae(), _crop(), _tile_size()],
+            inputs=[*_latents_and_vae(), _crop(), tile_size_input("pixels of the result")],
             outputs=[
                 io.Image.Output("IMAGE", display_name="images", tooltip="All frames, as from VAE Decode."),
-                _report(),
+                report_output(),
             ],
         )
 
@@ -92,12 +92,12 @@ class T3VAEDecodeToVideo(io.ComfyNode):
                     tooltip="8 plays everywhere. 10 has smoother gradients and takes twice the memory.",
                 ),
                 _crop(),
-                _tile_size(),
+                tile_size_input("pixels of the result"),
                 io.Audio.Input("audio", optional=True, tooltip="Sound for the video; cut where the frames end."),
             ],
             outputs=[
                 io.Video.Output("VIDEO", display_name="video", tooltip="The video, for Save Video."),
-                _report(),
+                report_output(),
             ],
         )
 
@@ -141,7 +141,8 @@ def _crop() -> io.Input:
     )
 
 
-def _tile_size() -> io.Input:
+def tile_size_input(same: str) -> io.Input:
+    """The input `tile_size`; same: what does not depend on it, in words."""
     return io.Int.Input(
         "tile_size",
         default=0,
@@ -149,12 +150,12 @@ def _tile_size() -> io.Input:
         max=MOST_PIXELS,
         step=16,
         optional=True,
-        tooltip="0: from the free memory. Otherwise pixels along a tile's side; the pixels of the result are the same.",
+        tooltip=f"0: from the free memory. Otherwise pixels along a tile's side; the {same} are the same.",
         advanced=True,
     )
 
 
-def _report() -> io.Output:
+def report_output() -> io.Output:
     return io.String.Output("REPORT", display_name="report", tooltip="Size, tiles and seconds, and what went amiss.")
 
 
@@ -171,13 +172,17 @@ def _check(crop, tile_size, fps=None, bit_depth=None) -> None:
     if crop is not None and (crop < 0 or crop > MOST_PIXELS or crop % 2):
         nearest = min(max(crop // 2 * 2, 0), MOST_PIXELS)
         raise T3Error(f"crop is {crop}; it is 0 or an even number of rows up to {MOST_PIXELS}. Nearest: {nearest}.")
-    if tile_size is not None and tile_size != 0 and not _LEAST_TILE <= tile_size <= MOST_PIXELS:
-        nearest = min(max(tile_size, _LEAST_TILE), MOST_PIXELS)
-        raise T3Error(f"tile_size is {tile_size}; it is 0 or {_LEAST_TILE} to {MOST_PIXELS}. Nearest: {nearest}.")
+    check_tile_size(tile_size)
     if fps is not None:
         frame_rate(fps)
     if bit_depth is not None and bit_depth not in _DEPTHS:
         raise T3Error(f"bit_depth is {bit_depth}; a video is written with 8 or 10. Nearest: 8.")
+
+
+def check_tile_size(tile_size: int | None) -> None:
+    if tile_size is not None and tile_size != 0 and not _LEAST_TILE <= tile_size <= MOST_PIXELS:
+        nearest = min(max(tile_size, _LEAST_TILE), MOST_PIXELS)
+        raise T3Error(f"tile_size is {tile_size}; it is 0 or {_LEAST_TILE} to {MOST_PIXELS}. Nearest: {nearest}.")
 
 
 def _check_writable(width: int, height: int, rate, bit_depth: int) -> None:

@@ -139,7 +139,11 @@ The released Wan2.2 5B weights were tuned for **text to video**. Wan2.2 5B itsel
 this graph does what it does for that; whether the tuned weights still can has not been checked. Expect
 anything, and please tell what you see.
 
-Load your picture in *Load Image*. It is scaled and cropped to 3840x2176. Describe the motion in the prompt."""
+Load your picture in *Start image*. *Size of the video* scales and crops it to 3840x2176; another size is set there,
+and the number of frames in *T3 VAE Encode*. Describe the motion in the prompt.
+
+*T3 VAE Encode* with a *length* gives what ComfyUI's *Wan22ImageToVideoLatent* gives, in exact tiles that fit the
+memory."""
 
 SAMPLE_FIRST = """## Step 1 of 2: sample, and keep the latents
 

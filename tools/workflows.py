@@ -91,8 +91,13 @@ def image_to_video(model: Model) -> Graph:
 
     def start(column: Column, vae: Link) -> Link:
         image = column.add("LoadImage", "Start image", tall=340, image="example.png")
-        size = {"width": DEFAULTS["width"], "height": DEFAULTS["height"], "length": FRAMES}
-        return column.add("Wan22ImageToVideoLatent", vae=vae, start_image=image["IMAGE"], **size)["LATENT"]
+        size = {"width": DEFAULTS["width"], "height": DEFAULTS["height"]}
+        scaled = column.add(
+            "ImageScale", "Size of the video", image=image["IMAGE"], upscale_method="bilinear", crop="center", **size
+        )
+        encoded = column.add("T3VAEEncode", pixels=scaled["IMAGE"], vae=vae, length=FRAMES)
+        report(column, encoded["report"], "How the encode went")
+        return encoded["latent"]
 
     latent = sampled(graph, model, start, STEPS, prompt=IMAGE_PROMPT)
     decoded(graph, latent, model)

@@ -91,7 +91,7 @@ def load_latent() -> Image.Image:
     canvas = ImageDraw.Draw(image)
     for y, heading, steps in (
         (MARGIN, "First graph: hours", ("KSampler", "Save Latent", "output/latents")),
-        (180, "Second graph: minutes", ("T3 Load Latent", "VAE Decode", "Save Video")),
+        (180, "Second graph: minutes", ("T3 Load Latent", "T3 VAE Decode to Video", "Save Video")),
     ):
         canvas.text((MARGIN, y), heading, font=font(HEAD), fill=INK)
         for number, step in enumerate(steps):
@@ -99,7 +99,8 @@ def load_latent() -> Image.Image:
             is_folder = "/" in step
             fill = PAPER if is_folder else _light(BLUE, 0.3)
             canvas.rounded_rectangle((x, top, x + 240, top + 56), 10, fill=fill, outline=FAINT, width=2)
-            canvas.text((x + 120, top + 28), step, font=font(BODY), fill=INK, anchor="mm")
+            size = BODY if len(step) < 20 else SMALL
+            canvas.text((x + 120, top + 28), step, font=font(size), fill=INK, anchor="mm")
             if number < 2:
                 _arrow(canvas, x + 244, x + 286, top + 28)
     return image
@@ -136,6 +137,32 @@ def vae_decode() -> Image.Image:
     return image
 
 
+def vae_encode() -> Image.Image:
+    """A video that begins with an image: which of its latents are made of it, and which the sampler makes."""
+    image = Image.new("RGB", (WIDTH, 330), PAPER)
+    canvas = ImageDraw.Draw(image)
+    rows = (
+        ("length 1: the latents of the images", 3, 3, "9 images"),
+        ("length 81: a video that begins with them", 3, 21, ""),
+    )
+    side, step = 34, 40
+    for number, (heading, kept, total, words) in enumerate(rows):
+        y = MARGIN + number * 120
+        canvas.text((MARGIN, y), heading, font=font(HEAD), fill=INK)
+        for frame in range(total):
+            x = MARGIN + frame * step
+            colour = BLUE if frame < kept else _light(ORANGE, 0.5)
+            canvas.rectangle((x, y + 46, x + side, y + 46 + 54), fill=colour)
+        canvas.text((MARGIN + total * step + 10, y + 73), words, font=font(BODY), fill=FAINT, anchor="lm")
+    for x, colour, words in (
+        (MARGIN, BLUE, "a latent frame of the images, kept"),
+        (490, _light(ORANGE, 0.5), "an empty one, for the sampler"),
+    ):
+        canvas.rectangle((x, 278, x + 28, 306), fill=colour)
+        canvas.text((x + 42, 292), words, font=font(BODY), fill=INK, anchor="lm")
+    return image
+
+
 def vae_decode_to_video() -> Image.Image:
     """Memory that 81 frames of 4K take."""
     numbers = 81 * 2176 * 3840 * 3
@@ -169,4 +196,5 @@ PICTURES = {
     "T3LoadLatent": load_latent,
     "T3VAEDecode": vae_decode,
     "T3VAEDecodeToVideo": vae_decode_to_video,
+    "T3VAEEncode": vae_encode,
 }

@@ -58,7 +58,8 @@ def fit(graph: Mapping[str, Any]) -> dict[str, Any]:
 
 SMALL: dict[str, dict[str, int]] = {
     "T3EmptyLatent": {"width": WIDTH, "height": HEIGHT, "frames": FRAMES},
-    "Wan22ImageToVideoLatent": {"width": WIDTH, "height": HEIGHT, "length": FRAMES},
+    "ImageScale": {"width": WIDTH, "height": HEIGHT},
+    "T3VAEEncode": {"length": FRAMES},
     "KSampler": {"steps": STEPS},
 }
 

@@ -19,6 +19,7 @@ NAMES = [
     "T3LoadLatent",
     "T3VAEDecode",
     "T3VAEDecodeToVideo",
+    "T3VAEEncode",
 ]
 LANGUAGES = ["en", "zh"]
 

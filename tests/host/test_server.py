@@ -26,6 +26,7 @@ SAMPLE_FIRST, DECODE_LATER = (
     next(g.name for g in graphs() if g.name.endswith(end)) for end in ("1 sample", "2 decode")
 )
 NAMES = sorted(graph.name for graph in graphs())
+AFTER_SAMPLING = {"T3VAEDecodeToVideo", "SaveVideo", "PreviewAny"}
 # Nodes work there. Templates and help pages do not: no address of a folder with a space or an umlaut reaches ComfyUI's
 # static files, whatever the pack (seen with aiohttp 3.14).
 AWKWARD = "T3 für ComfyUI.v1 (copy)"
@@ -186,6 +187,23 @@ def test_a_branch_without_t3_is_untouched(host):
         assert torch.equal(both[f"save{order.index('plain')}"], plain), order
     (windowed,) = latents(host, sampling_only("t3", seed=3)).values()
     assert not torch.equal(windowed, plain), "windows must have run"
+
+
+def test_image_to_video_samples_what_the_host_s_own_node_gives(host):
+    """The workflow's latents, and those with Wan22ImageToVideoLatent in place of Upscale Image and T3 VAE Encode."""
+    graph = twin(next(name for name in NAMES if "image-to-video" in name))
+    sampler, encode, scale = (number_of(graph, k) for k in ("KSampler", "T3VAEEncode", "ImageScale"))
+    for number in [number for number, node in graph.items() if node["class_type"] in AFTER_SAMPLING]:
+        del graph[number]
+    inputs = {"samples": [sampler, 0], "filename_prefix": "latents/begun"}
+    graph["save"] = {"class_type": "SaveLatent", "inputs": inputs}
+    (ours,) = latents(host, graph).values()
+    theirs = {"width": host_standins.WIDTH, "height": host_standins.HEIGHT, "length": host_standins.FRAMES}
+    theirs.update(batch_size=1, vae=graph[encode]["inputs"]["vae"], start_image=graph[scale]["inputs"]["image"])
+    graph[encode] = {"class_type": "Wan22ImageToVideoLatent", "inputs": theirs}
+    (expected,) = latents(host, graph).values()
+    assert ours.shape == expected.shape == (1, 48, 2, 4, 4)
+    assert (ours - expected).abs().max() < 1e-3 < expected.std()
 
 
 BAD = [

@@ -118,7 +118,7 @@ def test_disks_that_cannot_keep_room_free(pack, folders, monkeypatch, code):
 def test_memory_that_runs_out_in_the_middle_is_told_and_nothing_is_lost(pack, nodes, vae, monkeypatch, caplog, at):
     samples = latents(1, 16, 2, 6, 8)
     expected, _ = run(nodes[DECODE], samples=samples, vae=vae)
-    decoder = pack.nodes.host_vae.WanDecoder
+    decoder = pack.nodes.host_decode.WanDecoder
     pixels, calls = decoder.pixels, []
 
     def runs_out(*args):
@@ -145,36 +145,52 @@ class Card:
         monkeypatch.setattr(management, "free_memory", lambda size, device: self.asked.append((size, device)))
 
 
-@pytest.mark.parametrize("tile", [0, 512])
-def test_other_models_make_room_only_where_tiles_need_it(pack, vae, monkeypatch, tile):
-    """At 4K: some gigabytes, and nothing if they are free. The host's own estimate is 117 GB."""
-    samples = {"samples": torch.zeros(1, 16, 1, 1, 1).expand(1, 16, 21, 272, 480)}
-    decode = pack.nodes.host_vae.Decode.of(vae, samples)
-    wide = {f"decoder.{i}": torch.empty(10**6, device="meta") for i in range(70)}
-    monkeypatch.setattr(decode, "structure", structure_of_full_width(pack))
+def make_room_for(monkeypatch, work, unused, tile):
+    """What the host is asked for: at 4K some gigabytes, and nothing if they are free."""
     device = torch.device("cuda", 0)
+    weights = {f"{part}.{i}": torch.empty(10**6, device="meta") for part in (unused, "x") for i in range(70)}
+    weights[f"{unused}.y"] = torch.empty(10**12, device="meta")
     card = Card(monkeypatch, 0)
-    decode._make_room(device, {**wide, "encoder.x": torch.empty(10**12, device="meta")}, torch.bfloat16, tile)
+    work._make_room(device, weights, torch.bfloat16, tile)
     ((size, where),) = card.asked
-    assert where == device and 3e9 < size < 10e9
+    assert where == device
     for free, calls in ((size - 1, 1), (size, 0)):
         card = Card(monkeypatch, free)
-        decode._make_room(device, {**wide, "encoder.x": torch.empty(10**12, device="meta")}, torch.bfloat16, tile)
+        work._make_room(device, weights, torch.bfloat16, tile)
         assert len(card.asked) == calls
+    return size
 
 
-def structure_of_full_width(pack):
+@pytest.mark.parametrize("tile", [0, 512])
+def test_other_models_make_room_only_where_tiles_need_it(pack, vae, monkeypatch, tile):
+    """The host's own estimate is 117 GB."""
+    samples = {"samples": torch.zeros(1, 16, 1, 1, 1).expand(1, 16, 21, 272, 480)}
+    decode = pack.nodes.host_decode.Decode.of(vae, samples)
+    monkeypatch.setattr(decode, "structure", structure_of_full_width(pack.nodes.host_decode.read_structure))
+    assert 3e9 < make_room_for(monkeypatch, decode, "encoder", tile) < 10e9
+
+
+@pytest.mark.parametrize(("frames", "least", "most"), [(1, 1e9, 8e9), (81, 3e9, 11e9)])
+@pytest.mark.parametrize("tile", [0, 512])
+def test_an_encode_asks_for_no_more(pack, vae, monkeypatch, tile, frames, least, most):
+    """The host's own estimate is 25 GB for one picture and 100 GB for a video."""
+    images = torch.zeros(1, 1, 1, 3).expand(frames, 2176, 3840, 3)
+    encode = pack.nodes.host_encode.Encode.of(vae, images)
+    monkeypatch.setattr(encode, "structure", structure_of_full_width(pack.nodes.host_encode.read_down_structure))
+    assert least < make_room_for(monkeypatch, encode, "decoder", tile) < most
+
+
+def structure_of_full_width(read):
     from comfy.ldm.wan.vae import WanVAE
 
     with torch.device("meta"):
         model = WanVAE(
             dim=96, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, temperal_downsample=[False, True, True]
         )
-    return pack.nodes.host_vae.read_structure({name: tuple(value.shape) for name, value in model.state_dict().items()})
+    return read({name: tuple(value.shape) for name, value in model.state_dict().items()})
 
 
 def test_on_the_cpu_the_frames_own_room_is_left_to_them(pack, monkeypatch):
     card = Card(monkeypatch, 10_000)
-    out = torch.empty(4, 4, 4, 3, dtype=torch.uint8)
-    assert pack.nodes.host_vae.Decode._memory(torch.device("cpu"), out) == (10_000 - 192) // 2
+    assert pack.nodes.host_vae.Work._memory(torch.device("cpu"), 192) == (10_000 - 192) // 2
     assert not card.asked

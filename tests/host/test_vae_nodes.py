@@ -140,6 +140,20 @@ def test_progress_runs_to_its_end_and_shows_a_small_picture(nodes, vae, clip, ho
     assert (images - clip[1]).abs().max() < CLOSE, "the picture is a copy"
 
 
+def test_the_small_picture_grows_tile_by_tile(nodes, vae, clip, hook, monkeypatch):
+    from comfy.cli_args import LatentPreviewMethod, args
+
+    monkeypatch.setattr("comfyui_t3_pack.nodes.host_vae._PREVIEW_SECONDS", 0)
+    monkeypatch.setattr(args, "preview_method", LatentPreviewMethod.Auto)
+    run(nodes[TO_VIDEO], samples=clip[0], vae=vae, tile_size=32)
+    seen = [np.asarray(preview[1]).any(axis=-1) for _, _, preview in hook.calls]
+    shares = [picture.mean() for picture in seen]
+    assert shares == sorted(shares) and shares[0] == 0 and shares[-1] > 0.9
+    first = next(picture for picture in seen if picture.any())
+    # 48 rows of 64 pixels in tiles of at most 32: two rows of two.
+    assert first[:24, :32].mean() > 0.9 and not first[24:].any() and not first[:, 32:].any()
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32])
 def test_pictures_of_any_buffer(pack, dtype):
     levels = {torch.uint8: 255, torch.uint16: 65535}.get(dtype, 1)

@@ -121,12 +121,14 @@ def test_settings_are_the_releases(name):
 @pytest.mark.parametrize("name", [name for name in NAMES if "image-to-video" in name])
 def test_image_to_video_says_that_it_is_unproven(name):
     assert next(node["title"] for node in UI[name]["nodes"] if node["type"] == NOTE).startswith("UNPROVEN")
-    (size,) = of_kind(name, "Wan22ImageToVideoLatent")
-    assert (size["height"], size["width"], size["length"]) == (
+    (size,), (encode,) = of_kind(name, "ImageScale"), of_kind(name, "T3VAEEncode")
+    assert (size["height"], size["width"], encode["length"]) == (
         DEFAULTS["height"],
         DEFAULTS["width"],
         DEFAULTS["frames"],
     )
+    # As Wan22ImageToVideoLatent does it.
+    assert (size["upscale_method"], size["crop"]) == ("bilinear", "center")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -134,4 +136,4 @@ def test_reports_are_shown(name):
     """Every report a T3 node gives in a workflow that samples or loads can be read in it."""
     shown = {API[name][inputs["source"][0]]["class_type"] for inputs in of_kind(name, "PreviewAny")}
     there = {node["class_type"] for node in API[name].values()}
-    assert shown == there & {"T3Attention", "T3LoadLatent", "T3VAEDecodeToVideo"}
+    assert shown == there & {"T3Attention", "T3LoadLatent", "T3VAEDecodeToVideo", "T3VAEEncode"}
