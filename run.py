@@ -18,11 +18,16 @@ USAGE = """usage: python3 run.py COMMAND [ARGUMENTS]
 
   generate   text to video; without arguments a small embedded model makes a clip (python -m t3.generate)
   decode     saved latents to video (python -m t3.decode)
+  inspect    what a file of weights is, and which of its keys have no place (python -m t3.inspect)
+  convert    weights under the names of another program (python -m t3.convert)
   backends   which attention kernels this machine can use (python -m t3.backends)
   test       lint, types and all tests; ARGUMENTS go to pytest
 """
 HOST = "tests/host/install.py"  # brings the ComfyUI that the tests run against
-EXTRAS = {"generate": "generate", "decode": "generate", "backends": "generate", "test": "test"}
+EXTRAS = {
+    **dict.fromkeys(("generate", "decode", "inspect", "convert", "backends"), "generate"),
+    "test": "test",
+}
 
 
 def environment(extra: str) -> Path:

@@ -47,7 +47,7 @@ def _decode(args: argparse.Namespace) -> int:
     ours: dict[str, Any] = metadata.get("t3") or {}
     args.fps = ours.get("fps", 30) if args.fps is None else args.fps
     from .weights import identify, open_weights
-    from .weights.models import require
+    from .weights.identity import require
 
     found = identify(open_weights(vae_path))
     require(found, "vae", "--vae")

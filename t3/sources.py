@@ -12,9 +12,10 @@ from typing import Any
 
 from .errors import T3Error
 from .plan import Plan
-from .weights import Identity, identify, known_config, open_weights
+from .weights import Identity, identify, known_config, open_weights, read_metadata
+from .weights.fit import check_fit
+from .weights.identity import require
 from .weights.layout_dit import dit_layout
-from .weights.models import require
 
 # Hub ids whose sizes we know without downloading anything, for --dry-run.
 HUB = {
@@ -49,7 +50,8 @@ class Sources:
     """Everything a run needs to know about its model before loading it.
 
     `transformer`, `vae`: their diffusers configs. `tuned`: whether the weights are T3-tuned ("yes", "cannot tell").
-    `plan_json`: the plan that the weights say they were tuned for.
+    `plan_json`: the plan that the weights say they were tuned for; `plan_from` says which do, for messages.
+    `plan_conflict`: why no single plan can be taken from the weights, or None.
     """
 
     name: str
@@ -68,6 +70,8 @@ class Sources:
     experts: int = 1
     boundary: float | None = None
     plan_json: str | None = None
+    plan_from: str = "the weights"
+    plan_conflict: str | None = None
     tuned: str = "cannot tell"
     notes: tuple[str, ...] = field(default=())
 
@@ -175,18 +179,36 @@ def _finish(base: dict[str, Any], t3_weights: Sequence[str], loras: Sequence[str
     experts = base.get("experts", 1)
     if len(t3_weights) > experts:
         raise T3Error(f"{len(t3_weights)} --t3-weights files were given for {experts} transformer(s).")
-    width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
-    tuned_files = tuple(_adapter(text, "--t3-weights", width) for text in t3_weights)
-    identities = [adapter.identity for adapter in tuned_files] or base.pop("identities", [])
-    base.pop("identities", None)
-    plans = [identity.plan for identity in identities if identity.plan]
+    tuned_files = tuple(_adapter(text, "--t3-weights", transformer) for text in t3_weights)
+    lora_files = tuple(_adapter(text, "--lora", transformer) for text in loras)
+    carried = _carried_plan(tuned_files, lora_files, base.pop("plans", []))
+    unknown = "no (random weights)" if base.get("embedded") and not tuned_files else "cannot tell"
     return Sources(
         **base,
+        **carried,
         t3_weights=tuned_files,
-        loras=tuple(_adapter(text, "--lora", width) for text in loras),
-        plan_json=plans[0] if plans else None,
-        tuned="no (random weights)" if base.get("embedded") and not tuned_files else "yes" if plans else "cannot tell",
+        loras=lora_files,
+        tuned="yes" if carried else unknown,
     )
+
+
+def _carried_plan(tuned: Sequence[Adapter], loras: Sequence[Adapter], base: Sequence[str | None]) -> dict[str, Any]:
+    """What `Sources` says of the plan that weights carry. Files that are applied speak before the base does."""
+    carriers = [(adapter.identity.plan, adapter.path.name) for adapter in (*tuned, *loras)]
+    carriers = [(plan, name) for plan, name in carriers if plan]
+    from_lora = carriers and not any(adapter.identity.plan for adapter in tuned)
+    carriers = carriers or [(plan, "the base") for plan in base if plan]
+    if not carriers:
+        return {}
+    plan, name = carriers[0]
+    said = {"plan_json": plan, "plan_from": f"the LoRA {name}" if from_lora else "the weights"}
+    other = next((entry for entry in carriers if entry[0] != plan), None)
+    if other:
+        said["plan_conflict"] = (
+            f"{name} and {other[1]} carry different plans ({Plan.from_json(str(plan)).name!r} and "
+            f"{Plan.from_json(str(other[0])).name!r}): choose one with --plan."
+        )
+    return said
 
 
 def _base(model: str | None, *, has_files: bool) -> dict[str, Any]:
@@ -251,11 +273,21 @@ def _from_folder(folder: Path) -> dict[str, Any]:
     return {
         "name": folder.name,
         "folder": folder,
+        "plans": [_plan_in(folder / part) for part in parts],
         "transformer": config,
         "vae": vae,
         "experts": len(parts),
         "boundary": index.get("boundary_ratio"),
     }
+
+
+def _plan_in(folder: Path) -> str | None:
+    """The plan that a folder's weights carry. Weights that are not there are for the loader to miss."""
+    if not any(folder.glob("*.safetensors")):
+        return None
+    file = open_weights(folder)
+    plan = read_metadata(file.metadata, file.path).plan
+    return plan.to_json() if plan else None
 
 
 def _from_dits(dits: Sequence[Path]) -> dict[str, Any]:
@@ -273,7 +305,7 @@ def _from_dits(dits: Sequence[Path]) -> dict[str, Any]:
         "name": identities[0].model,
         "transformer": config,
         "dits": tuple(dits),
-        "identities": identities,
+        "plans": [identity.plan for identity in identities],
         "experts": len(dits),
         "boundary": BOUNDARY[is_i2v] if len(dits) == 2 else None,
     }
@@ -285,19 +317,22 @@ def _identify(path: Path, component: str, option: str) -> Identity:
     return found
 
 
-def _adapter(text: str, option: str, width: int) -> Adapter:
+def _adapter(text: str, option: str, transformer: dict[str, Any]) -> Adapter:
     path, strength = _split_strength(text, option)
-    identity = identify(open_weights(_existing(str(path), option)))
+    file = open_weights(_existing(str(path), option))
+    identity = identify(file)
     if identity.component != "dit":
         problem = identity.problem or f"it is {identity.component}, {identity.form}"
         raise T3Error(f"{option} {path} cannot be applied to a Wan transformer: {problem}")
     if identity.problem:
         raise T3Error(f"{option} {path}: {identity.problem}")
+    width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
     if identity.width is not None and identity.width != width:
         raise T3Error(
             f"{option} {path} is for a transformer {identity.width} wide ({identity.model}); "
             f"the one to be loaded is {width} wide. Use weights made for this model."
         )
+    check_fit(file, identity, {name: param.shape for name, param in dit_layout(transformer).items()})
     return Adapter(path, strength, identity)
 
 
@@ -338,9 +373,19 @@ def resolve_plan(text: str, sources: Sources) -> tuple[Plan, str]:
     """
     if text == "auto":
         if sources.plan_json:
-            return Plan.from_json(sources.plan_json), "carried by the weights"
+            if sources.plan_conflict:
+                raise T3Error(sources.plan_conflict)
+            return Plan.from_json(sources.plan_json), f"carried by {sources.plan_from}"
         plan = Plan.for_latent_channels(sources.latent_channels)
         return plan, f"the released plan for models of {sources.latent_channels}-channel latents"
+    plan, reason = _named_plan(text)
+    if sources.plan_json and (carried := Plan.from_json(sources.plan_json)) != plan:
+        reason += f", instead of {carried.name!r}, carried by {sources.plan_from}"
+    return plan, reason
+
+
+def _named_plan(text: str) -> tuple[Plan, str]:
+    """A preset, or a plan in a JSON file."""
     path = Path(text)
     if path.suffix.lower() == ".json" or path.is_file():
         try:

@@ -7,6 +7,8 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
+from t3.errors import T3Error
+from t3.plan import Plan
 from t3.weights import apply_weights, identify, open_weights
 from tests.weights_fixtures import (
     TINY,
@@ -32,7 +34,12 @@ DIALECTS = {
     "peft diffusers": lambda name: f"base_model.model.{theirs(name)}",
     "kohya diffusers": lambda name: "lora_unet_" + theirs(name).replace(".", "_"),
 }
-LABELS = {"comfyui long": "comfyui", "diffusers bare": "original", "peft diffusers": "peft", "kohya diffusers": "kohya"}
+LABELS = {
+    "comfyui long": "comfyui",
+    "diffusers bare": "diffusers",
+    "peft diffusers": "peft",
+    "kohya diffusers": "kohya",
+}
 # down, up and alpha suffixes; alpha None leaves the scale at one.
 LORA_FORMS = {
     "lora_A": ("lora_A.weight", "lora_B.weight", None),
@@ -112,7 +119,8 @@ def test_every_dialect_and_form(tmp_path, dialect, form):
     assert sorted(found.matched) == sorted(tensors) and not found.unused and not found.refused
     report = apply_weights(model, file, 0.75)
     assert report.form == found.form == {"diff": "diff", "mixed": "lora+diff"}.get(form, "lora")
-    assert report.dialect == LABELS.get(dialect, dialect)
+    bare = dialect in ("original", "diffusers bare")
+    assert report.dialect == ("peft" if form == "default" and bare else LABELS.get(dialect, dialect))
     assert (report.matched, sorted(report.changed)) == (len(tensors), sorted(deltas))
     check(model, before, deltas, 0.75)
 
@@ -145,9 +153,10 @@ def test_full_weights_replace_exactly(tmp_path):
     tuned = original_state(tiny_transformer(seed=1))
     model = tiny_transformer()
     tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in tuned.items()}
-    report = apply_weights(model, open_weights(save(tmp_path / "a.safetensors", tensors, {"t3.plan": '{"v": 1}'})))
+    plan = Plan.preset("wan2.1-4k").to_json()
+    report = apply_weights(model, open_weights(save(tmp_path / "a.safetensors", tensors, {"t3.plan": plan})))
     assert all(torch.equal(tensor, tuned[name]) for name, tensor in original_state(model).items())
-    assert (report.form, report.plan, report.tuned) == ("full", '{"v": 1}', "yes")
+    assert (report.form, report.plan, report.tuned) == ("full", plan, "yes")
 
 
 def test_two_stacked(tmp_path):
@@ -237,11 +246,17 @@ def peft_model(**settings):
     model = tiny_transformer()
     config = peft.LoraConfig(r=RANK, lora_alpha=10, target_modules=["to_q", "ffn.net.2"], **settings)
     model.add_adapter(config)
+    randomise_adapter(model)
+    return model, config
+
+
+def randomise_adapter(model):
+    """Noise for every parameter that PEFT added; the lengths of DoRA stay positive."""
     with torch.no_grad():
         for i, (name, parameter) in enumerate(model.named_parameters()):
-            if "lora_" in name:
-                parameter.copy_(noise(*parameter.shape, seed=i))
-    return model, config
+            if any(part in name for part in ("lora_", "lokr_", "hada_")):
+                drawn = noise(*parameter.shape, seed=i)
+                parameter.copy_(drawn.abs() + 0.5 if "magnitude" in name else drawn)
 
 
 def same_output(model, other):
@@ -285,10 +300,7 @@ def test_folders_of_peft_keep_their_alpha_beside_the_weights(tmp_path):
         r=RANK, lora_alpha=10, target_modules=["to_q", "to_k"], alpha_pattern={"blocks.1.attn1.to_q": 2}
     )
     tuned = peft.get_peft_model(tiny_transformer(), config)
-    with torch.no_grad():
-        for i, (name, parameter) in enumerate(tuned.named_parameters()):
-            if "lora_" in name:
-                parameter.copy_(noise(*parameter.shape, seed=i))
+    randomise_adapter(tuned)
     tuned.save_pretrained(tmp_path)
     model = tiny_transformer()
     report = apply_weights(model, open_weights(tmp_path))
@@ -296,6 +308,41 @@ def test_folders_of_peft_keep_their_alpha_beside_the_weights(tmp_path):
     same_output(model, tuned)
     (tmp_path / "adapter_config.json").unlink()
     assert "alpha taken to equal the rank" in apply_weights(model, open_weights(tmp_path)).describe()
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"use_dora": True, "use_rslora": True}])
+def test_dora_of_peft(tmp_path, settings):
+    """PEFT's own DoRA model gives the same video as its file through our arithmetic."""
+    config = peft.LoraConfig(r=RANK, lora_alpha=10, target_modules=["to_q", "ffn.net.2"], **settings)
+    tuned = peft.get_peft_model(tiny_transformer(), config)
+    randomise_adapter(tuned)
+    tuned.save_pretrained(tmp_path)
+    model = tiny_transformer()
+    report = apply_weights(model, open_weights(tmp_path))
+    assert report.form == "dora" and len(report.changed) == 6
+    same_output(model, tuned)
+
+
+@pytest.mark.parametrize("name", ["LoKr", "LoHa"])
+def test_lokr_and_loha_of_peft(tmp_path, name):
+    kind = getattr(peft, f"{name}Config")
+    options = {"decompose_both": True, "decompose_factor": 8} if name == "LoKr" else {}
+    config = kind(r=RANK, alpha=10, target_modules=["to_q", "ffn.net.2"], **options)
+    tuned = peft.get_peft_model(tiny_transformer(), config)
+    randomise_adapter(tuned)
+    tuned.save_pretrained(tmp_path)
+    model = tiny_transformer()
+    report = apply_weights(model, open_weights(tmp_path))
+    assert report.form == name.lower() and not report.notes
+    same_output(model, tuned)
+
+
+def test_dora_settings_without_magnitudes(tmp_path):
+    tensors, _ = lora(original_state(tiny_transformer()), MODULES[:1], LORA_FORMS["lora_A"], DIALECTS["peft"])
+    path = save(tmp_path / "a.safetensors", tensors)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 4, "use_dora": True}))
+    with pytest.raises(T3Error, match="say DoRA, but it holds no magnitudes"):
+        identify(open_weights(path))
 
 
 def test_reads_what_comfyui_style_files_mean_to_diffusers(tmp_path):

@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import UMT5Config, UMT5EncoderModel
 
+from t3.plan import Plan
 from t3.weights import identify, known_config, open_weights
 from t3.weights.layout_vae import vae_layout
 from tests.weights_fixtures import (
@@ -20,6 +21,7 @@ from tests.weights_fixtures import (
     write_header,
 )
 
+PLAN = Plan.preset("wan2.1-4k").to_json()
 # Sizes as the model cards and the original configs state them.
 DITS = {
     "wan2.1-t2v-1.3b": {"dim": 1536, "ffn": 8960, "layers": 30, "into": 16, "out": 16},
@@ -73,6 +75,59 @@ def test_transformers(tmp_path, name, prefix):
     assert abs(count / PARAMETERS.get(name, count) - 1) < 0.01
 
 
+SIZES = {"1.3b": (1536, 8960, 30), "5b": (3072, 14336, 30), "14b": (5120, 13824, 40)}
+# name: size, channels in and out, whether it has the image branch, what is added
+VARIANTS = {
+    "wan2.1-vace-1.3b": ("1.3b", 16, 16, False, "vace"),
+    "wan2.1-vace-14b": ("14b", 16, 16, False, "vace"),
+    "wan2.1-fun-inp-1.3b": ("1.3b", 36, 16, True, ""),
+    "wan2.1-fun-control-1.3b": ("1.3b", 48, 16, True, ""),
+    "wan2.1-fun-control-14b": ("14b", 48, 16, True, "ref"),
+    "wan2.1-fun-camera-1.3b": ("1.3b", 32, 16, True, "camera"),
+    "wan2.2-fun-control-a14b": ("14b", 52, 16, False, "ref"),
+    "wan2.2-fun-camera-a14b": ("14b", 36, 16, False, "camera"),
+    "wan2.2-fun-inp-5b": ("5b", 100, 48, False, ""),
+    "wan2.2-fun-control-5b": ("5b", 148, 48, False, "ref"),
+}
+
+
+def variant_shapes(size, into, out, image, part):
+    """A published control variant: the plain model's shapes, and what VideoX-Fun and Wan's VACE add to them."""
+    dim, ffn, layers = SIZES[size]
+    config = {"num_attention_heads": dim // 128, "ffn_dim": ffn, "num_layers": layers}
+    config |= {"in_channels": into, "out_channels": out}
+    config |= {"image_dim": 1280, "added_kv_proj_dim": dim} if image else {}
+    with torch.device("meta"):
+        state = WanTransformer3DModel(**config).state_dict()
+    shapes = {original: tuple(state[theirs].shape) for original, theirs in names_for(config).items()}
+    block = {name: shape for name, shape in shapes.items() if name.startswith("blocks.0.")}
+    added = {}
+    if part == "vace":
+        added = {"vace_patch_embedding.weight": (dim, 96, 1, 2, 2), "vace_patch_embedding.bias": (dim,)}
+        for i in range(15 if size == "1.3b" else 8):
+            added |= {name.replace("blocks.0.", f"vace_blocks.{i}."): shape for name, shape in block.items()}
+            for linear in ("before_proj", "after_proj") if i == 0 else ("after_proj",):
+                added |= {f"vace_blocks.{i}.{linear}.weight": (dim, dim), f"vace_blocks.{i}.{linear}.bias": (dim,)}
+    if part == "ref":
+        added = {"ref_conv.weight": (dim, out, 2, 2), "ref_conv.bias": (dim,)}
+    if part == "camera":
+        added = {"control_adapter.conv.weight": (dim, 1536, 2, 2), "control_adapter.conv.bias": (dim,)}
+        for conv in ("conv1", "conv2"):
+            stem = f"control_adapter.residual_blocks.0.{conv}"
+            added |= {f"{stem}.weight": (dim, dim, 3, 3), f"{stem}.bias": (dim,)}
+    return shapes | added
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_control_variants(tmp_path, name):
+    shapes = variant_shapes(*VARIANTS[name])
+    found = identify(open_weights(write_header(tmp_path / "w.safetensors", shapes)))
+    assert (found.model, found.problem, found.refused) == (name, None, {}) and len(found.matched) == len(shapes)
+    assert found.kind == ("i2v" if "inp" in name else name.split("-", 1)[1].rsplit("-", 1)[0])
+    assert (found.elsewhere is None) == (found.kind == "i2v")
+    assert "look alike" in found.describe() or "a14b" not in name
+
+
 def test_an_expert_of_a14b_cannot_be_told_from_14b(tmp_path):
     path = write_header(tmp_path / "w.safetensors", dit_shapes("wan2.1-t2v-14b")[0])
     text = identify(open_weights(path)).describe()
@@ -116,8 +171,7 @@ def test_text_encoder_of_comfyui(tmp_path):
 @pytest.mark.parametrize(
     ("key", "family"),
     [
-        ("vace_patch_embedding.weight", "wan-vace-1.3b"),
-        ("control_adapter.conv.weight", "wan-camera"),
+        ("casual_audio_encoder.encoder.final_linear.weight", "wan-s2v"),
         ("audio_proj.audio_proj_glob_1.layer.bias", "wan-humo"),
         ("patch_embedding_pose.weight", "wan-scail"),
     ],
@@ -125,7 +179,7 @@ def test_text_encoder_of_comfyui(tmp_path):
 def test_relatives_are_named_and_refused(tmp_path, key, family):
     shapes = {**dit_shapes("wan2.1-t2v-1.3b")[0], key: (4,)}
     found = identify(open_weights(write_header(tmp_path / "w.safetensors", shapes)))
-    assert found.model == family and found.refused == [key]
+    assert found.model == family and list(found.refused) == [key]
     assert "use it in ComfyUI" in found.problem and "cannot be used" in found.describe()
 
 
@@ -142,16 +196,16 @@ def test_relatives_are_named_and_refused(tmp_path, key, family):
 def test_adapters_by_width(tmp_path, width, part, model):
     stem = f"diffusion_model.blocks.3.{part}"
     shapes = {f"{stem}.lora_A.weight": (8, width), f"{stem}.lora_B.weight": (width, 8)}
-    found = identify(open_weights(write_header(tmp_path / "w.safetensors", shapes, metadata={"t3.plan": "{}"})))
+    found = identify(open_weights(write_header(tmp_path / "w.safetensors", shapes, metadata={"t3.plan": PLAN})))
     assert (found.model, found.form, found.width, found.problem) == (model, "lora", width, None)
-    assert (found.plan, found.tuned) == ("{}", "yes")
+    assert (found.plan, found.tuned) == (PLAN, "yes")
 
 
 def test_parts_are_counted(tmp_path):
     state = original_state(tiny_transformer())
     state.pop("head.modulation")
     found = identify(open_weights(save(tmp_path / "w.safetensors", {**state, "what.is.this": torch.ones(1)})))
-    assert found.refused == ["what.is.this"] and len(found.matched) == len(state)
+    assert list(found.refused) == ["what.is.this"] and len(found.matched) == len(state)
     assert "'head.modulation' is missing" in found.problem
 
 
@@ -168,7 +222,7 @@ def test_all_in_one_checkpoints(tmp_path):
     found = identify(open_weights(save(tmp_path / "w.safetensors", tensors | extra)))
     assert found.problem is None and found.component == "dit" and sorted(found.unused) == sorted(extra)
     found = identify(open_weights(save(tmp_path / "w.safetensors", tensors | {"stray.weight": torch.ones(2)})))
-    assert found.refused == ["stray.weight"] and "'stray.weight'" in found.problem
+    assert list(found.refused) == ["stray.weight"] and "'stray.weight'" in found.problem
 
 
 def test_no_torch_is_needed(tmp_path):

@@ -40,13 +40,38 @@ CASES = {
     "vace block": (pair("diffusion_model.vace_blocks.0.self_attn.q"), "vace_blocks"),
     "deeper model": (pair("diffusion_model.blocks.7.self_attn.q"), "2 blocks, the LoRA goes to 8"),
     "image part": (pair("diffusion_model.blocks.0.cross_attn.k_img"), "k_img"),
-    "LoKr": ({"diffusion_model.blocks.0.ffn.0.lokr_w1": torch.ones(2, 2)}, "LoKr"),
-    "LoHa": ({"diffusion_model.blocks.0.ffn.0.hada_w1_a": torch.ones(2, 2)}, "LoHa"),
-    "DoRA": ({"diffusion_model.blocks.0.self_attn.q.dora_scale": torch.ones(128, 1)}, "DoRA"),
-    "DoRA of PEFT": ({"base_model.model.blocks.0.self_attn.q.lora_magnitude_vector": torch.ones(128)}, "DoRA"),
+    "half a LoKr": ({"diffusion_model.blocks.0.ffn.0.lokr_w1": torch.ones(2, 2)}, "w1 with no w2_a and w2_b"),
+    "half a LoHa": ({"diffusion_model.blocks.0.ffn.0.hada_w1_a": torch.ones(2, 2)}, "LoHa parts w1_a with no w1_b"),
+    "LoHa of other ranks": (
+        {
+            f"diffusion_model.blocks.0.ffn.0.hada_{role}": torch.ones(shape)
+            for role, shape in {"w1_a": (320, 2), "w1_b": (2, 128), "w2_a": (320, 3), "w2_b": (2, 128)}.items()
+        },
+        "do not make 'blocks.0.ffn.0.weight'",
+    ),
+    "LoKr of another size": (
+        {
+            "diffusion_model.blocks.0.ffn.0.lokr_w1": torch.ones(4, 4),
+            "diffusion_model.blocks.0.ffn.0.lokr_w2": torch.ones(80, 31),
+        },
+        "do not make 'blocks.0.ffn.0.weight'",
+    ),
+    "LoRA and LoKr": (
+        {
+            "diffusion_model.blocks.0.self_attn.q.lokr_w1": torch.ones(4, 4),
+            "diffusion_model.blocks.0.self_attn.q.lokr_w2": torch.ones(32, 32),
+        },
+        "LoRA and LoKr of one module",
+    ),
+    "magnitude of another size": (
+        {"diffusion_model.blocks.0.self_attn.q.dora_scale": torch.ones(127, 1)},
+        "do not make",
+    ),
+    "magnitude alone": ({"diffusion_model.blocks.0.ffn.0.dora_scale": torch.ones(320, 1)}, "A and B are missing"),
     "OFT": ({"diffusion_model.blocks.0.self_attn.q.oft_blocks": torch.ones(2, 2, 2)}, "OFT"),
-    "Tucker": ({"diffusion_model.blocks.0.self_attn.q.lora_mid.weight": torch.ones(2, 2)}, "lora_mid"),
-    "set": ({"diffusion_model.blocks.0.self_attn.q.set_weight": torch.ones(128, 128)}, "set_weight"),
+    "core": ({"diffusion_model.blocks.0.self_attn.q.lora_mid.weight": torch.ones(3, 3)}, "does not make"),
+    "set": ({"diffusion_model.blocks.0.self_attn.q.set_weight": torch.ones(128, 127)}, r"\[128, 127\]"),
+    "reshape": ({"diffusion_model.blocks.0.self_attn.q.reshape_weight": torch.ones(2)}, "reshape_weight"),
     "full tensor": ({"diffusion_model.blocks.0.self_attn.k.weight": torch.ones(128, 128)}, "full tensors inside"),
     "A without B": (
         {"diffusion_model.blocks.0.ffn.0.lora_A.weight": torch.ones(2, 128)},
@@ -102,7 +127,7 @@ def test_strength_zero_checks_too(tmp_path, name):
         apply_weights(tiny_transformer(), open_weights(path), 0.0)
 
 
-@pytest.mark.parametrize("name", ["SDXL", "another family", "text encoder", "unet prefix", "LoKr"])
+@pytest.mark.parametrize("name", ["SDXL", "another family", "text encoder", "unet prefix", "half a LoKr", "OFT"])
 def test_nothing_matches(tmp_path, name):
     path = save(tmp_path / "a.safetensors", CASES[name][0])
     found = identify(open_weights(path))
@@ -110,6 +135,11 @@ def test_nothing_matches(tmp_path, name):
     assert str(path) in found.problem
     with pytest.raises(T3Error):
         apply_weights(tiny_transformer(), open_weights(path))
+
+
+def test_a_vace_part_without_its_model(tmp_path):
+    path = save(tmp_path / "a.safetensors", {"vace_blocks.0.self_attn.q.weight": torch.ones(128, 128)})
+    assert "the VACE part of a Wan model, without the model itself" in identify(open_weights(path)).problem
 
 
 def test_sizes_are_named(tmp_path):

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from . import layout_dit
-from .layout_dit import BLOCK_PARAMS, TOP_PARAMS
+from .layout_control import CONTROL_MODULES
+from .layout_dit import BLOCK_PARAMS, TOP_PARAMS, VACE_PARAMS
 
 DOTTED_PREFIXES = {
     "model.diffusion_model.": "comfyui",
@@ -25,39 +26,55 @@ UNDERSCORED_PREFIXES = {"lora_unet_": "kohya", "lora_transformer_": "onetrainer"
 TEXT_ENCODER_PREFIXES = ("lora_te", "text_encoder", "conditioner.", "cond_stage_model.", "lora_prior_te")
 
 _INFIX = r"(?:\.(?P<adapter>[A-Za-z0-9_\-]+))?"
+_LOKR = ("w1", "w2", "t2", "w1_a", "w1_b", "w2_a", "w2_b")
+_LOHA = ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")
 ROLES = (
     ("down", re.compile(rf"\.(?:lora_A|lora_down|lora\.down|lora_linear_layer\.down){_INFIX}\.weight$|\.lora_A$")),
     ("up", re.compile(rf"\.(?:lora_B|lora_up|lora\.up|lora_linear_layer\.up){_INFIX}\.weight$|\.lora_B$")),
     ("up_bias", re.compile(rf"\.(?:lora_B|lora_up){_INFIX}\.bias$")),
+    ("mid", re.compile(r"\.lora_mid\.weight$")),
+    # DoRA's length of each row (or column), of LyCORIS and of PEFT.
+    ("magnitude", re.compile(rf"\.(?:dora_scale|lora_magnitude_vector{_INFIX}(?:\.weight)?)$")),
+    *((f"lokr_{part}", re.compile(rf"\.lokr_{part}{_INFIX}$")) for part in _LOKR),
+    *((f"hada_{part}", re.compile(rf"\.hada_{part}{_INFIX}$")) for part in _LOHA),
     ("alpha", re.compile(r"\.alpha$")),
     ("diff", re.compile(r"\.(?:diff|w_norm)$")),
     ("diff_b", re.compile(r"\.(?:diff_b|b_norm)$")),
+    ("diff_m", re.compile(r"\.diff_m$")),  # of a modulation table, whose name is left out
+    ("set", re.compile(r"\.set_weight$")),
 )
 # Algorithms that are recognised so that they can be refused by name.
 OTHER_ALGORITHMS = (
-    (re.compile(r"\.lokr_\w+(\.|$)"), "LoKr"),
-    (re.compile(r"\.hada_\w+(\.|$)"), "LoHa"),
-    (re.compile(r"\.(dora_scale|lora_magnitude_vector(\..+)?)$"), "DoRA"),
+    (re.compile(r"\.lokr_\w+(\.|$)"), "LoKr of an unknown kind"),
+    (re.compile(r"\.hada_\w+(\.|$)"), "LoHa of an unknown kind"),
     (re.compile(r"\.(oft_\w+|boft_\w+|oft_R\..+)(\.|$)"), "OFT"),
     (re.compile(r"\.ia3_\w+(\.|$)"), "IA3"),
     (re.compile(r"\.(a1|a2|b1|b2)\.weight$"), "GLoRA"),
-    (re.compile(r"\.lora_mid(\.|$)"), "LoRA with a Tucker core (lora_mid)"),
-    (re.compile(r"\.(set_weight|reshape_weight)$"), "weight replacement (set_weight)"),
+    (re.compile(r"\.lora_mid(\.|$)"), "LoRA with a core (lora_mid) of an unknown kind"),
+    (re.compile(r"\.reshape_weight$"), "reshape_weight, which gives a model's parameters other shapes"),
 )
 
 
 def _underscored(params: dict[str, str], pick: int) -> dict[str, str]:
     """Underscored module name -> original parameter stem; `pick` 0 for original names, 1 for diffusers names."""
-    table = {}
-    for pair in params.items():
-        table[pair[pick].removesuffix(".weight").removesuffix(".bias").replace(".", "_")] = (
-            pair[0].removesuffix(".weight").removesuffix(".bias")
-        )
-    return table
+    return {_stem(pair[pick]).replace(".", "_"): _stem(pair[0]) for pair in params.items()}
 
 
-_UNDERSCORED_BLOCK = {"original": _underscored(BLOCK_PARAMS, 0), "diffusers": _underscored(BLOCK_PARAMS, 1)}
-_UNDERSCORED_TOP = {"original": _underscored(TOP_PARAMS, 0), "diffusers": _underscored(TOP_PARAMS, 1)}
+def _stem(name: str) -> str:
+    return name.removesuffix(".weight").removesuffix(".bias")
+
+
+_TOP = {**TOP_PARAMS, **{f"{module}.weight": f"{module}.weight" for module in CONTROL_MODULES}}
+_UNDERSCORED = {
+    naming: {
+        "blocks": _underscored(BLOCK_PARAMS, pick),
+        "vace_blocks": _underscored({**BLOCK_PARAMS, **VACE_PARAMS}, pick),
+        "": _underscored(_TOP, pick),
+    }
+    for pick, naming in enumerate(("original", "diffusers"))
+}
+_UNDERSCORED_BLOCK = re.compile(r"(blocks|vace_blocks)_(\d+)_(.+)$")
+_UNDERSCORED_RESIDUAL = re.compile(r"control_adapter_residual_blocks_(\d+)_(conv[12])$")
 
 
 class Place(NamedTuple):
@@ -69,9 +86,9 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class AdapterKey:
-    """One parsed key: its prefix's dialect, its role, PEFT's adapter name, and where it may belong."""
+    """One parsed key: its prefix's dialect (None without a prefix), its role, PEFT's adapter name, its places."""
 
-    dialect: str
+    dialect: str | None
     role: str
     adapter: str | None
     places: tuple[Place, ...]
@@ -91,8 +108,8 @@ def _targets(stem: str, leaf: str) -> tuple[Place, ...]:
     """Parameters `stem` may mean: a module (then its `leaf`), or a parameter that has no module of its own."""
     places = []
     for candidate in (f"{stem}.{leaf}", stem):
-        if leaf == "bias" and candidate == stem:
-            break  # a bias change always names the module
+        if leaf != "weight" and candidate == stem:
+            break  # a change of a bias or a table always names what holds it
         if layout_dit.to_diffusers(candidate):
             places.append(Place("original", candidate))
         if back := layout_dit.to_original(candidate):
@@ -101,21 +118,23 @@ def _targets(stem: str, leaf: str) -> tuple[Place, ...]:
 
 
 def _underscored_targets(stem: str, leaf: str) -> tuple[Place, ...]:
+    if match := _UNDERSCORED_RESIDUAL.match(stem):
+        return _targets(f"control_adapter.residual_blocks.{int(match[1])}.{match[2]}", leaf)
     places = []
-    match = re.match(r"blocks_(\d+)_(.+)$", stem)
-    for naming in ("original", "diffusers"):
-        name = _UNDERSCORED_BLOCK[naming].get(match[2]) if match else _UNDERSCORED_TOP[naming].get(stem)
+    match = _UNDERSCORED_BLOCK.match(stem)
+    for naming, tables in _UNDERSCORED.items():
+        name = tables[match[1]].get(match[3]) if match else tables[""].get(stem)
         if name is None:
             continue
-        full = f"blocks.{int(match[1])}.{name}" if match else name
+        full = f"{match[1]}.{int(match[2])}.{name}" if match else name
         target = f"{full}.{leaf}" if layout_dit.to_diffusers(f"{full}.{leaf}") else full
-        if layout_dit.to_diffusers(target) and not (leaf == "bias" and target == full):
+        if layout_dit.to_diffusers(target) and not (leaf != "weight" and target == full):
             places.append(Place(naming, target))
     return tuple(places)
 
 
 def parse_key(key: str) -> AdapterKey | None:
-    """Read one adapter key, or None when it is no LoRA or diff key at all.
+    """Read one adapter key, or None when it is no key of an adapter that is read here.
 
     `places` is empty when the key has an adapter's suffix but names no parameter of a Wan DiT.
     """
@@ -125,7 +144,8 @@ def parse_key(key: str) -> AdapterKey | None:
             continue
         stem = key[: match.start()]
         adapter = match.groupdict().get("adapter")
-        leaf = "bias" if role in ("up_bias", "diff_b") else "weight"
+        leaf = {"up_bias": "bias", "diff_b": "bias", "diff_m": "modulation"}.get(role, "weight")
+        role = "diff" if role == "diff_m" else role
         for prefix, dialect in UNDERSCORED_PREFIXES.items():
             if stem.startswith(prefix):
                 name = stem.removeprefix(prefix).lstrip("_")  # VideoX-Fun writes `lora_unet__blocks_0_...`
@@ -138,16 +158,18 @@ def parse_key(key: str) -> AdapterKey | None:
                 if stem.startswith(prefix):
                     stem, stripped = stem.removeprefix(prefix), True
                     dialects.append(dialect)
-        return AdapterKey(dialects[0] if dialects else "original", role, adapter, _targets(stem, leaf))
+        # PEFT's layers keep the adapter's name in their keys; its own files have a prefix instead.
+        spoken = dialects[0] if dialects else "peft" if adapter else None
+        return AdapterKey(spoken, role, adapter, _targets(stem, leaf))
     return None
 
 
 def refusal(key: str) -> str:
     """Why a key of an adapter file cannot be placed, in a few words."""
-    if algorithm := algorithm_of(key):
-        return f"{algorithm}, which is not applied here"
     if key.startswith(TEXT_ENCODER_PREFIXES):
         return "for the text encoder, which is not changed here"
+    if parse_key(key) is None and (algorithm := algorithm_of(key)):
+        return f"{algorithm}, which is not applied here"
     if not is_adapter_key(key):
         return "full tensors inside of an adapter file"
     return "names that are no parameter of a Wan transformer"

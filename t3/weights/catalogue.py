@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import T3Error
 from .dialects import DIT, TEXT, VAE
+from .layout_dit import width
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 NAMES = {
@@ -25,18 +26,29 @@ NAMES = {
     TEXT: ("umt5-xxl",),
 }
 # Same shapes, different weights: the file cannot tell which it is.
-ALSO = {"wan2.1-t2v-14b": "wan2.2-t2v-a14b expert"}
+ALSO = {
+    "wan2.1-t2v-14b": "wan2.2-t2v-a14b expert",
+    "wan2.1-i2v-14b": "Wan2.1-Fun 14B InP",
+    "wan2.1-vace-14b": "Wan2.2 VACE-Fun A14B expert",
+}
+CANNOT_TELL = {
+    "wan2.1-t2v-14b": "if it is A14B: high- and low-noise expert look alike",
+    "wan2.2-i2v-a14b": "high- and low-noise expert (and Wan2.2-Fun A14B InP) look alike",
+    "wan2.1-vace-14b": "if it is A14B: high- and low-noise expert look alike",
+    "wan2.2-fun-control-a14b": "high- and low-noise expert look alike",
+    "wan2.2-fun-camera-a14b": "high- and low-noise expert look alike",
+    "wan-14b": "made for 14B or for an A14B expert: they have the same shapes",
+}
 WIDTHS = {1536: "Wan2.1 1.3B", 3072: "Wan2.2 5B", 5120: "Wan 14B"}
-# A key under one of these says that the transformer has parts diffusers' WanTransformer3DModel does not.
+_SIZES = {(1536, 8960, 30): "1.3b", (3072, 14336, 30): "5b", (5120, 13824, 40): "14b"}
+PLAIN_KINDS = ("t2v", "i2v", "flf2v", "ti2v", "unknown")  # what the headless engine runs
+# A key under one of these says that the transformer has parts of a family that is known by name only.
 OTHER_FAMILIES = {
-    "vace_": "wan-vace",
-    "control_adapter.": "wan-camera",
     "casual_audio_encoder.": "wan-s2v",
     "audio_proj.": "wan-humo",
     "face_adapter.": "wan-animate",
     "patch_embedding_pose.": "wan-scail",
     "patch_embedding_global.": "wan-dancer",
-    "ref_conv.": "wan-fun-control",
 }
 LATENT_KEYS = ("latents_mean", "latents_std")
 
@@ -63,13 +75,41 @@ def name_of(component: str, config: dict[str, Any]) -> str | None:
     return None
 
 
-def family_of(keys: list[str], width: int | None) -> str | None:
-    """Name of a Wan relative (VACE, Camera, S2V, ...) whose extra parts are among these prefix-less keys."""
-    family = next((name for start, name in OTHER_FAMILIES.items() if any(key.startswith(start) for key in keys)), None)
-    if family == "wan-vace":
-        size = {1536: "-1.3b", 5120: "-14b"}.get(width or 0, "")
-        return family + size
-    return family
+def kind_of(config: dict[str, Any]) -> str:
+    """What a transformer of this config makes of what: "t2v", "i2v", "vace", ...; "unknown" when channels fit none."""
+    into, out = config["in_channels"], config["out_channels"]
+    if "vace_layers" in config:
+        return "vace"
+    if "camera_channels" in config:
+        return "fun-camera"
+    # Noise, a control video and an image; Wan2.2's image brings its mask of four channels.
+    if "ref_conv_channels" in config or into in (3 * out, 3 * out + 4):
+        return "fun-control"
+    if config.get("pos_embed_seq_len") is not None:
+        return "flf2v"
+    if into == out:
+        return "ti2v" if out == 48 else "t2v"
+    return "i2v" if into == 2 * out + 4 else "unknown"
+
+
+def transformer_name(config: dict[str, Any]) -> str:
+    """What to call a transformer: a known model, or "custom", or "wan-vace" and the like for other sizes."""
+    if known := name_of(DIT, config):
+        return known
+    kind, size = kind_of(config), _SIZES.get((width(config), config["ffn_dim"], config["num_layers"]))
+    usual = config["text_dim"] == 4096 and config["freq_dim"] == 256
+    if kind in PLAIN_KINDS and not (usual and size in ("1.3b", "5b") and kind == "i2v"):
+        return "custom"
+    if size is None or not usual:
+        return f"wan-{kind}"
+    newer = size == "5b" or (size == "14b" and kind.startswith("fun-") and config.get("image_dim") is None)
+    kind = "fun-inp" if kind == "i2v" else kind
+    return f"wan2.2-{kind}-{size.replace('14b', 'a14b')}" if newer else f"wan2.1-{kind}-{size}"
+
+
+def family_of(keys: list[str]) -> str | None:
+    """Name of a Wan relative (S2V, HuMo, Animate, ...) whose extra parts are among these prefix-less keys."""
+    return next((name for start, name in OTHER_FAMILIES.items() if any(key.startswith(start) for key in keys)), None)
 
 
 def name_of_width(width: int | None) -> str:

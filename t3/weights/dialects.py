@@ -31,9 +31,19 @@ MARKERS = (
     ("blocks.0.attn.q.weight", TEXT, "original"),
 )
 PREFIXES = {
-    DIT: ("", "model.diffusion_model.", "diffusion_model.", "transformer.", "pipe.dit.", "model."),
+    DIT: (
+        *("", "model.diffusion_model.", "diffusion_model.", "transformer.", "pipe.dit.", "pipe.transformer."),
+        *("base_model.model.", "dit.", "net.", "model.", "model.model.", "module.", "_orig_mod."),
+    ),
     VAE: ("", "vae.", "first_stage_model.", "model."),
     TEXT: ("", "text_encoder.", "text_encoders.umt5xxl.transformer.", "umt5xxl.transformer.", "transformer.", "model."),
+}
+# Prefixes that belong to one dialect; the others say nothing about who wrote a file.
+PREFIX_DIALECTS = {
+    "model.diffusion_model.": "comfyui",
+    "diffusion_model.": "comfyui",
+    "pipe.dit.": "diffsynth",
+    "base_model.model.": "peft",
 }
 # In all-in-one checkpoints, next to the component that is being read.
 OTHER_COMPONENTS = ("vae.", "first_stage_model.", "text_encoders.", "text_encoder.", "cond_stage_model.")
@@ -61,8 +71,8 @@ class Names:
 
     @property
     def dialect(self) -> str:
-        """The naming, with the prefix where there is one."""
-        return f"{self.naming} ({self.prefix})" if self.prefix else self.naming
+        """Whose way of writing it is: that of the prefix, or the naming itself."""
+        return PREFIX_DIALECTS.get(self.prefix, self.naming) if self.component == DIT else self.naming
 
 
 def _marker(keys: list[str]) -> tuple[str, str, str] | None:
@@ -135,6 +145,8 @@ def looks_like(keys: list[str]) -> str:
     text = " ".join(keys[:400])
     if re.search(r"lora_unet_(down|up|input|output|middle)_blocks?_|input_blocks\.", text):
         return "it looks like a Stable Diffusion or SDXL file"
+    if "vace_blocks." in text:
+        return "it looks like the VACE part of a Wan model, without the model itself"
     if "double_blocks" in text or "single_transformer_blocks" in text:
         return "it looks like a Flux or HunyuanVideo file"
     if "transformer_blocks" in text:

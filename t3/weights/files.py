@@ -1,4 +1,4 @@
-"""One view of weights on disk: a safetensors file, an index with its shards, or a folder of either."""
+"""One view of weights on disk: a safetensors file, an index with its shards, a folder of either, or a GGUF file."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import T3Error
-from .header import TensorInfo, read_header
+from .gguf import PLAIN_TYPES, is_gguf, read_gguf_header
+from .header import Header, TensorInfo, read_header
 from .scales import companion_of, is_companion, unscale
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class WeightFile:
         path: what the user named (a file, an index or a folder).
         metadata: the safetensors metadata of all shards, merged.
         nbytes: bytes of tensor data, all shards.
+        container: "safetensors" or "gguf".
     """
 
     def __init__(self, path: Path, shards: list[Path]) -> None:
@@ -36,8 +38,10 @@ class WeightFile:
         self._where: dict[str, Path] = {}
         self._info: dict[str, TensorInfo] = {}
         self._handles: dict[Path, Any] = {}
+        self.container = "safetensors"
         for shard in shards:
-            header = read_header(shard)
+            header = _header(shard)
+            self.container = header.container
             for key, info in header.tensors.items():
                 if key in self._where:
                     raise T3Error(f"{path}: {key!r} is in both {self._where[key].name} and {shard.name}. Remove one.")
@@ -73,6 +77,10 @@ class WeightFile:
         """The safetensors name of a tensor's data type on disk ("BF16", "F8_E4M3", ...)."""
         return self._info[key].dtype
 
+    def info(self, key: str) -> TensorInfo:
+        """Type, shape and size of one tensor. Raises KeyError for an unknown name."""
+        return self._info[key]
+
     def sibling_config(self) -> dict[str, Any]:
         """The diffusers or transformers `config.json` beside the weights, or an empty dict."""
         folder = self.path if self.path.is_dir() else self.path.parent
@@ -86,6 +94,8 @@ class WeightFile:
     def read_raw(self, key: str) -> torch.Tensor:
         """One tensor exactly as stored, on the CPU, mapped from the file (copy-on-write)."""
         shard = self._where[key]
+        if self.container == "gguf":
+            return self._read_gguf(key)
         if shard not in self._handles:
             from safetensors import SafetensorError, safe_open
 
@@ -94,6 +104,29 @@ class WeightFile:
             except (SafetensorError, OSError) as error:
                 raise T3Error(f"Cannot read {shard}: {error}.") from error
         return self._handles[shard].get_tensor(key)
+
+    def _read_gguf(self, key: str) -> torch.Tensor:
+        import torch
+
+        info = self._info[key]
+        if info.dtype not in PLAIN_TYPES:
+            raise T3Error(
+                f"{self.path}: {key!r} is quantised as {info.dtype}, which is not read here. "
+                "Use the bf16, fp16 or scaled-fp8 version of these weights, or load the GGUF file in ComfyUI."
+            )
+        names = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+        raw = torch.frombuffer(bytearray(b"".join(self.pieces(key))), dtype=torch.uint8)
+        return raw.view(names[info.dtype]).reshape(info.shape)
+
+    def pieces(self, key: str, size: int = 16 * 2**20) -> Iterator[bytes]:
+        """The bytes of one tensor as they lie in the file, `size` at a time. Needs no tensor library."""
+        left = self._info[key].nbytes
+        with self._where[key].open("rb") as stream:
+            stream.seek(self._info[key].begin)
+            while left:
+                piece = _read_some(stream, min(left, size), self._where[key])
+                left -= len(piece)
+                yield piece
 
     def read(self, key: str) -> torch.Tensor:
         """One tensor on the CPU; a scaled fp8 weight comes back as float32 `weight * scale`.
@@ -109,6 +142,17 @@ class WeightFile:
     def close(self) -> None:
         """Forget the open handles. Tensors already read stay valid."""
         self._handles.clear()
+
+
+def _header(path: Path) -> Header:
+    return read_gguf_header(path) if is_gguf(path) else read_header(path)
+
+
+def _read_some(stream: BinaryIO, size: int, path: Path) -> bytes:
+    piece = stream.read(size)
+    if not piece:
+        raise T3Error(f"{path} became shorter while it was read. Run again once it is complete.")
+    return piece
 
 
 def _json_or_empty(path: Path) -> dict[str, Any]:
@@ -171,7 +215,7 @@ def _shards_of_folder(folder: Path) -> list[Path]:
 
 
 def open_weights(path: str | Path) -> WeightFile:
-    """Open a .safetensors file, a `*.safetensors.index.json`, or a folder that holds one set of weights.
+    """Open a .safetensors file, a `*.safetensors.index.json`, a folder that holds one set of weights, or a .gguf file.
 
     Only headers are read. Raises T3Error when the path is missing, ambiguous, damaged, or of another format.
     """

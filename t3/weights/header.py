@@ -52,6 +52,7 @@ class TensorInfo:
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    begin: int = 0  # byte of the file where its data starts
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Header:
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
+    container: str = "safetensors"
 
 
 class _DuplicateKey(ValueError):
@@ -76,7 +78,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_other_formats(path: Path, start: bytes, size: int) -> None:
-    """Name the files people give by mistake: web pages, pickles, archives, Git LFS pointers, GGUF."""
+    """Name the files people give by mistake: web pages, pickles, archives, Git LFS pointers."""
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size - 8:
         return  # safetensors; the first bytes are a length, which may look like any of the marks below
     text = start.lstrip().lower()
@@ -86,8 +88,6 @@ def _refuse_other_formats(path: Path, start: bytes, size: int) -> None:
         )
     if start.startswith(b"version https://git-lfs"):
         raise T3Error(f"{path} is a Git LFS pointer, not the weights. Fetch the file itself with `git lfs pull`.")
-    if start.startswith(b"GGUF"):
-        raise T3Error(f"{path} is a GGUF file. Only safetensors are read here; use the safetensors version.")
     pickled = start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"
     if pickled or start.startswith(b"PK\x03\x04") or path.suffix.lower() in PICKLE_SUFFIXES:
         raise T3Error(
@@ -96,7 +96,7 @@ def _refuse_other_formats(path: Path, start: bytes, size: int) -> None:
         )
 
 
-def _check_tensor(path: Path, key: str, entry: Any, data_bytes: int) -> tuple[TensorInfo, int]:
+def _check_tensor(path: Path, key: str, entry: Any, data_start: int, data_bytes: int) -> TensorInfo:
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         whole = all(type(n) is int and n >= 0 for n in [*shape, begin, end])
@@ -117,7 +117,7 @@ def _check_tensor(path: Path, key: str, entry: Any, data_bytes: int) -> tuple[Te
             f"{path} is damaged: {key!r} {dtype} {list(shape)} needs {size:,} bytes, but its "
             f"offsets span {end - begin:,}."
         )
-    return TensorInfo(dtype, tuple(shape), size), end
+    return TensorInfo(dtype, tuple(shape), size, data_start + begin)
 
 
 def read_header(path: Path) -> Header:
@@ -158,12 +158,20 @@ def read_header(path: Path) -> Header:
     metadata = entries.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise T3Error(f"{path} is damaged: its metadata is not a table of texts.")
-    data_bytes = size - 8 - length
-    tensors: dict[str, TensorInfo] = {}
-    used = 0
-    for key, entry in entries.items():
-        tensors[key], end = _check_tensor(path, key, entry, data_bytes)
-        used = max(used, end)
-    if used != data_bytes:
-        raise T3Error(f"{path} is damaged: {data_bytes - used:,} bytes follow the last tensor. Download it again.")
+    start_of_data = 8 + length
+    tensors = {
+        key: _check_tensor(path, key, entry, start_of_data, size - start_of_data) for key, entry in entries.items()
+    }
+    _check_whole(path, tensors, start_of_data, size)
     return Header(tensors, metadata)
+
+
+def _check_whole(path: Path, tensors: dict[str, TensorInfo], at: int, size: int) -> None:
+    """Every byte of the data belongs to exactly one tensor, as the format asks."""
+    for key, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].nbytes)):
+        if info.begin != at:
+            what = "overlaps the tensor before it" if info.begin < at else f"leaves {info.begin - at:,} bytes unused"
+            raise T3Error(f"{path} is damaged: the data of {key!r} {what}. Download it again.")
+        at += info.nbytes
+    if at != size:
+        raise T3Error(f"{path} is damaged: {size - at:,} bytes follow the last tensor. Download it again.")

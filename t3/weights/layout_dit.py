@@ -1,7 +1,8 @@
 """Every parameter of a Wan diffusion transformer: original name, diffusers name, shape.
 
-The table below is the one place where DiT names are written down; renaming, completeness checks and adapter targets
-are all read from it. Original names: Wan2.1/2.2 `wan/modules/model.py`; diffusers names: `WanTransformer3DModel`.
+The table below (and that of `layout_control`, for VACE and Fun) is the one place where DiT names are written down;
+renaming, completeness checks and adapter targets are all read from it. Original names: Wan2.1/2.2
+`wan/modules/model.py`; diffusers names: `WanTransformer3DModel`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import math
 import re
 from typing import Any, NamedTuple
+
+from .layout_control import CONFIG_KEYS, VACE_LINEARS, control_config, control_shapes, is_control_param
 
 
 class Param(NamedTuple):
@@ -75,27 +78,29 @@ BLOCK_PARAMS = {
     **_named(BLOCK_LAYER_NORMS, _BOTH),
     **BLOCK_BARE,
 }
+VACE_PARAMS = _named(VACE_LINEARS, _BOTH)
 TOP_PARAMS = {**_named(TOP_MODULES, _BOTH), **TOP_BARE}
-_BLOCK_PARAMS_BACK = {theirs: original for original, theirs in BLOCK_PARAMS.items()}
-_TOP_PARAMS_BACK = {theirs: original for original, theirs in TOP_PARAMS.items()}
+_FORTH = {"blocks": BLOCK_PARAMS, "vace_blocks": {**BLOCK_PARAMS, **VACE_PARAMS}, "": TOP_PARAMS}
+_BACK = {where: {theirs: original for original, theirs in names.items()} for where, names in _FORTH.items()}
+_ANY_BLOCK = re.compile(r"(blocks|vace_blocks)\.(0|[1-9]\d*)\.(.+)$")
 _BLOCK = re.compile(r"blocks\.(0|[1-9]\d*)\.(.+)$")
 
 
-def _rename(key: str, block: dict[str, str], top: dict[str, str]) -> str | None:
-    if match := _BLOCK.match(key):
-        found = block.get(match[2])
-        return None if found is None else f"blocks.{match[1]}.{found}"
-    return top.get(key)
+def _rename(key: str, tables: dict[str, dict[str, str]]) -> str | None:
+    if match := _ANY_BLOCK.match(key):
+        found = tables[match[1]].get(match[3])
+        return None if found is None else f"{match[1]}.{match[2]}.{found}"
+    return key if is_control_param(key) else tables[""].get(key)
 
 
 def to_diffusers(key: str) -> str | None:
     """Diffusers name of an original parameter name, or None when it is no parameter of a Wan DiT."""
-    return _rename(key, BLOCK_PARAMS, TOP_PARAMS)
+    return _rename(key, _FORTH)
 
 
 def to_original(key: str) -> str | None:
     """Original name of a diffusers parameter name, or None when it is no parameter of a Wan DiT."""
-    return _rename(key, _BLOCK_PARAMS_BACK, _TOP_PARAMS_BACK)
+    return _rename(key, _BACK)
 
 
 def block_index(key: str) -> int | None:
@@ -150,15 +155,21 @@ def _top_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def has_control_parts(config: dict[str, Any]) -> bool:
+    """Whether a config is that of a VACE, Fun-Control or Camera model."""
+    return any(key in config for key in CONFIG_KEYS)
+
+
 def width(config: dict[str, Any]) -> int:
     """Width of the token stream."""
     return config["num_attention_heads"] * config["attention_head_dim"]
 
 
 def dit_layout(config: dict[str, Any]) -> Layout:
-    """Original parameter name -> (diffusers name, shape), for a `WanTransformer3DModel` config."""
+    """Original parameter name -> (diffusers name, shape), for a config that `dit_config` makes."""
     shapes = _top_shapes(config)
     block = _block_shapes(config)
+    shapes.update(control_shapes(config, width(config), block))
     for index in range(config["num_layers"]):
         shapes.update({f"blocks.{index}.{name}": shape for name, shape in block.items()})
     return {key: Param(str(to_diffusers(key)), shape) for key, shape in shapes.items()}
@@ -167,6 +178,7 @@ def dit_layout(config: dict[str, Any]) -> Layout:
 def dit_config(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     """The `WanTransformer3DModel` config that fits these original-named shapes, taking heads as 128 wide.
 
+    A model with control parts gets their `layout_control.CONFIG_KEYS` too, which that class does not know.
     Raises KeyError or IndexError when the tensors that carry the sizes are absent; ValueError when the width is no
     multiple of 128.
     """
@@ -177,7 +189,9 @@ def dit_config(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     image = shapes["img_emb.proj.0.weight"][0] if "img_emb.proj.0.weight" in shapes else None
     added = shapes.get("blocks.0.cross_attn.k_img.weight")
     positions = shapes.get("img_emb.emb_pos")
+    layers = 1 + max(index for key in shapes if (index := block_index(key)) is not None)
     return {
+        **control_config(shapes, layers),
         "patch_size": list(patch),
         "num_attention_heads": dim // 128,
         "attention_head_dim": 128,
@@ -186,7 +200,7 @@ def dit_config(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
         "text_dim": shapes["text_embedding.0.weight"][1],
         "freq_dim": shapes["time_embedding.0.weight"][1],
         "ffn_dim": shapes["blocks.0.ffn.0.weight"][0],
-        "num_layers": 1 + max(index for key in shapes if (index := block_index(key)) is not None),
+        "num_layers": layers,
         "cross_attn_norm": "blocks.0.norm3.weight" in shapes,
         "qk_norm": "rms_norm_across_heads",
         "eps": 1e-6,

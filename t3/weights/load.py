@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import T3Error
 from .dialects import DIT, TEXT, VAE
 from .files import WeightFile, open_weights
-from .models import Identity, identify, layout_of, require
+from .identity import Identity, require
+from .models import identify, layout_of
 from .tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
