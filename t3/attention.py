@@ -13,7 +13,7 @@ from .plan import Grid, Partition
 from .windows import groupings, window_indices
 
 # CUDA kernels put batch x heads on a launch dimension that ends here.
-_MOST_BATCH_HEADS = 65_535
+MOST_BATCH_HEADS = 65_535
 
 
 def t3_attention(
@@ -78,7 +78,7 @@ def _attend_windows(inside, outside, index, branch, backend, scale, memory) -> N
         if outside:
             shared = [x[:, None, :, some].expand(-1, count, -1, -1, -1) for x in outside]
             taken[1:] = [torch.cat(pair, dim=2) for pair in zip(taken[1:], shared, strict=True)]
-        attended = _attend(backend, scale, *(x.flatten(0, 1) for x in taken))
+        attended = attend_window(backend, scale, *(x.flatten(0, 1) for x in taken))
         attended = attended.unflatten(0, (batch, count)).flatten(1, 2)
         target = out[:, :, some]
         if branch:
@@ -91,11 +91,11 @@ def _attend_all(q, k, v, backend, scale, memory) -> torch.Tensor:
     """Dense attention of all of q over all of k and v, by groups of heads where `memory` asks for it."""
     queries = q.shape[1]
     groups = list(_groups(q, 1, 2 * queries, queries, k.shape[1], backend, memory))
-    parts = [_attend(backend, scale, q[:, :, some], k[:, :, some], v[:, :, some]) for _, some in groups]
+    parts = [attend_window(backend, scale, q[:, :, some], k[:, :, some], v[:, :, some]) for _, some in groups]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def _attend(backend, scale, q, k, v) -> torch.Tensor:
+def attend_window(backend, scale, q, k, v) -> torch.Tensor:
     """Dense attention by `backend`. A single key takes the whole weight in any arithmetic; cuDNN refuses that case."""
     keys = k.shape[1]
     backend.check_keys(keys)
@@ -119,7 +119,7 @@ def _groups(
             "Give at least that, or use a plan with smaller windows."
         )
     if q.device.type == "cuda":
-        fit = min(fit, max(1, _MOST_BATCH_HEADS // batch))
+        fit = min(fit, max(1, MOST_BATCH_HEADS // batch))
     some_heads = min(heads, fit)
     some_windows = max(1, fit // some_heads)
     for start in range(0, windows, some_windows):

@@ -54,6 +54,34 @@ def _window_indices(grid: Size, partition: Size, kind: str, device: torch.device
     return tuple(classes)
 
 
+@torch.compiler.assume_constant_result
+def token_rows(grid: Size, partition: Size, batch: int, device: torch.device) -> tuple[torch.Tensor | None, ...]:
+    """For each grouping a layer must compute, the row where each token stands once the windows are put together.
+
+    int32 `[batch, N]` on `device`, kept for the next call; None where every token stays in its place. Classes of equal
+    windows follow each other in the order of `window_indices`; within a class sample follows sample, so that a class
+    is one dense batch of `batch * windows` windows.
+    """
+    return _token_rows(grid, partition, batch, device)
+
+
+@lru_cache(maxsize=64)
+def _token_rows(grid: Size, partition: Size, batch: int, device: torch.device) -> tuple[torch.Tensor | None, ...]:
+    found = []
+    with torch.inference_mode(False):
+        for kind in groupings(grid, partition):
+            classes = _window_indices(grid, partition, kind, torch.device("cpu"))
+            rows = torch.empty(batch, Grid(*grid).tokens, dtype=torch.int32)
+            start = 0
+            for index in classes:
+                count = index.numel()
+                rows[:, index.flatten()] = torch.arange(start, start + batch * count, dtype=torch.int32).view(batch, -1)
+                start += batch * count
+            stays = torch.equal(rows.flatten(), torch.arange(rows.numel(), dtype=torch.int32))
+            found.append(None if stays else rows.to(device))
+    return tuple(found)
+
+
 def groupings(grid: Sequence[int], partition: Sequence[int]) -> tuple[str, ...]:
     """The groupings a layer must compute: one where local and strided coincide, both otherwise."""
     return (LOCAL,) if Partition(*partition).coincides(Grid(*grid)) else (LOCAL, STRIDED)

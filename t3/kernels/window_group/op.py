@@ -1,0 +1,36 @@
+"""`window_group` as an operator of torch's, so that compiled code holds it whole."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from ..usable import triton_usable
+from . import naive
+
+# The pack and an installed t3 may both be loaded: each has its own.
+_NAME = re.sub(r"\W", "_", __name__)
+
+
+@torch.library.custom_op(f"{_NAME}::window_group", mutates_args=())
+def window_group(
+    x: torch.Tensor,
+    rows: list[torch.Tensor | None],
+    weight: torch.Tensor | None = None,
+    eps: float = 0.0,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+) -> list[torch.Tensor]:
+    """See `naive.window_group`; by Triton where it serves. One or two groupings. Has no gradients."""
+    if not triton_usable(x.device, x.dtype):
+        return naive.window_group(x, rows, weight, eps, cos, sin)
+    from .kernel import window_group as by_triton
+
+    return by_triton(x, rows, weight, eps, cos, sin)
+
+
+@window_group.register_fake
+def _(x, rows, weight=None, eps=0.0, cos=None, sin=None):
+    batch, tokens, width = x.shape
+    return [x.new_empty((batch * tokens, width)) for _ in rows]

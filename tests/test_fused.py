@@ -1,0 +1,177 @@
+"""Attention straight from projections against norm, rotation and the attention reference done one after the other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from t3 import Grid, Partition
+from t3.backends import Backend
+from t3.errors import T3Error
+from t3.fused import attention_from_projections, refusal
+from t3.kernels.attention.naive import t3_attention_reference
+from t3.windows import groupings, token_rows, window_indices
+
+ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+CPU = torch.device("cpu")
+
+
+def random(*shape, seed, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def inputs(grid, *, batch=1, heads=2, head_dim=16, dtype=torch.float32, seed=0):
+    """q, k, v and the other arguments of a call."""
+    tokens, width = Grid(*grid).tokens, heads * head_dim
+    q, k, v = (random(batch, tokens, width, seed=seed + i, dtype=dtype) for i in range(3))
+    norms = tuple(1 + random(width, seed=seed + i, dtype=dtype) / 4 for i in (3, 4))
+    angle = random(1, tokens, head_dim // 2, seed=seed + 5).double() * 3
+    wide = torch.promote_types(dtype, torch.float32)
+    turns = (angle.cos().to(wide), angle.sin().to(wide))
+    return (q, k, v), {"heads": heads, "norms": norms, "turns": turns}
+
+
+def reference(qkv, grid, partition, *, heads, norms=None, turns=None, eps=1e-6, scale=None):
+    """In float64; the rotation as a product of complex numbers."""
+    q, k, v = (x.double() for x in qkv)
+    if norms is not None:
+        q, k = (
+            x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + eps) * w.double()
+            for x, w in zip((q, k), norms, strict=True)
+        )
+    q, k, v = (x.unflatten(-1, (heads, -1)) for x in (q, k, v))
+    if turns is not None:
+        turn = torch.complex(*(table.double() for table in turns))[:, :, None]
+        q, k = (
+            torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2)
+            for x in (q, k)
+        )
+    return t3_attention_reference(q, k, v, grid, partition, scale=scale).flatten(2)
+
+
+def error(out, truth):
+    assert out.shape == truth.shape
+    assert torch.isfinite(out).all()
+    return ((out.double() - truth).norm() / truth.norm()).item()
+
+
+@st.composite
+def cases(draw):
+    grid = Grid(*(draw(st.integers(1, 6)) for _ in range(3)))
+    partition = Partition(*(draw(st.integers(1, n)) for n in grid))
+    return grid, partition, draw(st.integers(1, 2)), draw(st.sampled_from(list(ROUNDOFF))), draw(st.integers(0, 2**31))
+
+
+@given(case=cases())
+@settings(max_examples=100, deadline=None)
+def test_equals_the_reference(case):
+    grid, partition, batch, dtype, seed = case
+    qkv, more = inputs(grid, batch=batch, dtype=dtype, seed=seed)
+    out = attention_from_projections(*qkv, grid, partition, **more)
+    assert out.dtype == dtype
+    assert error(out, reference(qkv, grid, partition, **more)) < 16 * ROUNDOFF[dtype]
+
+
+@pytest.mark.parametrize("left_out", ["norms", "turns"])
+def test_norm_and_rotation_may_be_missing(left_out):
+    qkv, more = inputs((3, 5, 7))
+    del more[left_out]
+    out = attention_from_projections(*qkv, (3, 5, 7), (2, 3, 2), **more, scale=0.7)
+    assert error(out, reference(qkv, (3, 5, 7), (2, 3, 2), **more, scale=0.7)) < 1e-6
+
+
+@pytest.mark.parametrize("partition", [(1, 1, 1), (3, 1, 1), (2, 3, 4)])
+def test_slices_of_a_fused_projection(partition):
+    grid = (3, 5, 7)
+    qkv, more = inputs(grid, batch=2)
+    slices = torch.cat(qkv, dim=-1).chunk(3, dim=-1)
+    before = [x.clone() for x in slices]
+    out = attention_from_projections(*slices, grid, partition, **more)
+    assert torch.equal(out, attention_from_projections(*qkv, grid, partition, **more))
+    assert all(torch.equal(x, y) for x, y in zip(slices, before, strict=True))
+
+
+def test_windows_in_place_are_not_copied():
+    grid, seen = (3, 4, 5), []
+
+    def attend(q, k, v, scale):
+        seen.append(v.untyped_storage().data_ptr())
+        return torch.zeros_like(q)
+
+    (q, k, v), more = inputs(grid, batch=2)
+    attention_from_projections(q, k, v, grid, (3, 1, 1), **more, backend=Backend("looking", "", attend))
+    assert seen == [v.untyped_storage().data_ptr()]
+
+
+def test_launches_stay_legal(monkeypatch):
+    """Kernels put windows x heads on a launch dimension that ends somewhere."""
+    qkv, more = inputs((2, 4, 6), batch=2)
+    whole = attention_from_projections(*qkv, (2, 4, 6), (1, 2, 3), **more)
+    monkeypatch.setattr("t3.fused.MOST_BATCH_HEADS", 10)
+    assert torch.allclose(attention_from_projections(*qkv, (2, 4, 6), (1, 2, 3), **more), whole, atol=1e-6)
+
+
+@given(st.data())
+@settings(max_examples=100, deadline=None)
+def test_rows_are_those_of_the_windows(data):
+    grid = Grid(*(data.draw(st.integers(1, 7)) for _ in range(3)))
+    partition = Partition(*(data.draw(st.integers(1, n)) for n in grid))
+    batch = data.draw(st.integers(1, 3))
+    found = token_rows(tuple(grid), tuple(partition), batch, CPU)
+    kinds = groupings(grid, partition)
+    assert len(found) == len(kinds)
+    for kind, rows in zip(kinds, found, strict=True):
+        tokens = torch.arange(batch * grid.tokens).view(batch, -1)
+        placed = torch.empty(batch * grid.tokens, dtype=torch.long)
+        if rows is None:
+            placed = tokens.flatten()
+        else:
+            assert rows.dtype == torch.int32
+            placed[rows.flatten().long()] = tokens.flatten()
+        parts = [
+            (index[None] + grid.tokens * torch.arange(batch)[:, None, None]).flatten()
+            for index in window_indices(tuple(grid), tuple(partition), kind, CPU)
+        ]
+        assert torch.equal(placed, torch.cat(parts))
+
+
+@pytest.mark.parametrize("partition", [(3, 1, 1), (2, 3, 2), (1, 5, 1)])
+def test_compiles_without_a_graph_break(partition):
+    torch._dynamo.reset()
+    qkv, more = inputs((3, 5, 7), batch=2)
+
+    def run(q, k, v):
+        return attention_from_projections(q * 2, k, v, (3, 5, 7), partition, **more, backend="sdpa")
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert error(compiled(*qkv), run(*qkv).double()) < 1e-6
+
+
+def test_refuses_in_words():
+    x = torch.zeros(1, 4, 8)
+    assert "gradients" in refusal(x.clone().requires_grad_())
+    assert "memory" in refusal(x, memory=100)
+    assert "beside the grid" in refusal(x, prefix=2)
+    assert "beside the grid" in refusal(x, suffix=2)
+    assert "Triton" in refusal(x)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"grid": (3, 5, 8)}, "120 tokens, but q has 105"),
+        ({"partition": (4, 1, 1)}, "4 windows along t.*Nearest: 3"),
+        ({"heads": 3}, "not 3 heads"),
+        ({"k": torch.zeros(1, 104, 32)}, "expected three equal"),
+        ({"v": torch.zeros(1, 105, 32, dtype=torch.float64)}, "one float dtype"),
+        ({"turns": (torch.zeros(1, 105, 16),) * 2}, r"expected \[1 or B, 105, 8\]"),
+    ],
+)
+def test_bad_arguments_are_named(change, words):
+    (q, k, v), more = inputs((3, 5, 7))
+    with pytest.raises(T3Error, match=words):
+        attention_from_projections(
+            **{"q": q, "k": k, "v": v, "grid": (3, 5, 7), "partition": (1, 2, 2), **more, **change}
+        )
