@@ -19,7 +19,7 @@ import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ..t3 import Partition, t3_attention
-from . import estimate, wan
+from . import estimate, projections, wan
 from .forward_pass import ForwardPass, Settings, plan_forward_pass
 from .host_attention import host_attention
 
@@ -80,6 +80,13 @@ class T3SelfAttention:
         from comfy.ldm.flux.math import apply_rope1
 
         attn: Any = self.module
+        patches = options.get("patches", {}).get("attn1_patch", ())
+        backend = current.backend or host_attention(options)
+        reason = projections.refused(attn, x, freqs, current, patches)
+        if reason is None:
+            return attn.o(projections.attend(attn, x, freqs, current, partition, backend))
+        if x.is_cuda and not torch.compiler.is_compiling():
+            self.installation.say(f"norm, rotation and windows are made one after the other, slower: {reason}.")
         split = (*x.shape[:2], attn.num_heads, attn.head_dim)
         q = apply_rope1(attn.norm_q(attn.q(x)).view(split), freqs)
         k = apply_rope1(attn.norm_k(attn.k(x)).view(split), freqs)
@@ -91,11 +98,11 @@ class T3SelfAttention:
             current.layout.grid,
             partition,
             prefix=current.layout.prefix,
-            backend=current.backend or host_attention(options),
+            backend=backend,
             memory=current.memory,
         )
         out = out.flatten(2)
-        for patch in options.get("patches", {}).get("attn1_patch", ()):
+        for patch in patches:
             out = patch({"x": out, "q": q, "k": k, "transformer_options": options})
         return attn.o(out)
 

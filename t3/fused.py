@@ -37,6 +37,15 @@ def refusal(*projected: torch.Tensor, prefix: int = 0, suffix: int = 0, memory: 
     return None
 
 
+def norm_weight(norm: torch.nn.RMSNorm, like: torch.Tensor) -> torch.Tensor:
+    """The weight of an RMS norm, `[width]`, as it would be used on `like`.
+
+    By asking the norm itself: its own weight may lie on another device, in another dtype, or be changed on the way. The
+    norm of equal channels as large as these is one, whatever the epsilon.
+    """
+    return norm(like.new_full((1, 1, like.shape[-1]), 1024.0)).flatten()
+
+
 def attention_from_projections(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -10,6 +10,7 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel,
 
 from .attention import t3_attention
 from .backends import Backend
+from .fused import attention_from_projections, norm_weight, refusal
 from .plan import Grid, Partition, Plan
 
 
@@ -45,15 +46,34 @@ class T3AttentionProcessor:
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
         q, k, v = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
-        q, k = attn.norm_q(q), attn.norm_k(k)
-        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
-        if rotary_emb is not None:
-            q, k = apply_rotary(q, *rotary_emb), apply_rotary(k, *rotary_emb)
         backend = self.backend if self._attention_backend is None else _through_diffusers(self._attention_backend)
         assert self.grid is not None and self.partition is not None, "the hook of install_t3 has not run"
-        out = t3_attention(q, k, v, self.grid, self.partition, backend=backend, memory=self.memory)
-        out = out.flatten(2, 3).type_as(q)
+        if refusal(q, k, v, memory=self.memory) is None:
+            out = attention_from_projections(
+                q,
+                k,
+                v,
+                self.grid,
+                self.partition,
+                heads=attn.heads,
+                norms=(norm_weight(attn.norm_q, q), norm_weight(attn.norm_k, k)),
+                eps=attn.norm_q.eps,
+                turns=None if rotary_emb is None else _turns(*rotary_emb),
+                backend=backend,
+            )
+        else:
+            q, k = attn.norm_q(q), attn.norm_k(k)
+            q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
+            if rotary_emb is not None:
+                q, k = apply_rotary(q, *rotary_emb), apply_rotary(k, *rotary_emb)
+            out = t3_attention(q, k, v, self.grid, self.partition, backend=backend, memory=self.memory)
+            out = out.flatten(2, 3).type_as(q)
         return attn.to_out[1](attn.to_out[0](out))
+
+
+def _turns(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine of each pair of channels. diffusers' tables, `[1, N, 1, head_dim]`, have each of them twice."""
+    return cos[:, :, 0, 0::2], sin[:, :, 0, 1::2]
 
 
 def compile_blocks(transformer: WanTransformer3DModel, plan: Plan, **options) -> None:

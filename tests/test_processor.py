@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from t3 import Plan
+from t3 import Plan, fused
 from t3.kernels.attention.naive import t3_attention_reference
 from t3.plan import Grid
 from t3.processor import compile_blocks, install_t3
@@ -64,9 +64,12 @@ def expected_attention(attn, hidden, rotary, grid, partition):
     return linear(attn.to_out[0], out.flatten(2))
 
 
+@pytest.mark.parametrize("kernels", [False, True], ids=["step by step", "from projections"])
 @pytest.mark.parametrize("grid", [(2, 8, 12), (3, 5, 7), (1, 6, 6)])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_every_layer_equals_the_reference(grid, batch):
+def test_every_layer_equals_the_reference(monkeypatch, grid, batch, kernels):
+    # On a CPU the kernels' ops are plain torch.
+    monkeypatch.setattr(fused, "triton_usable", lambda device, dtype: kernels)
     model = transformer()
     install_t3(model, PLAN)
     seen = []

@@ -10,17 +10,19 @@ import torch
 
 log = logging.getLogger(__name__)
 
+# Looked up once, outside what torch may compile; nothing is imported.
+_INSTALLED = importlib.util.find_spec("triton") is not None
+
 
 def triton_usable(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether our kernels run on this device and take this dtype. Where only Triton is missing, says so once."""
     if device.type != "cuda" or torch.version.hip is not None or dtype.itemsize > 4:
         return False
-    return _installed()
+    if not _INSTALLED and not torch.compiler.is_compiling():
+        _tell()
+    return _INSTALLED
 
 
 @functools.cache
-def _installed() -> bool:
-    found = importlib.util.find_spec("triton") is not None
-    if not found:
-        log.warning("T3: Triton is not installed, so plain torch does the work of our kernels, slower. See README.")
-    return found
+def _tell() -> None:
+    log.warning("T3: Triton is not installed, so plain torch does the work of our kernels, slower. See README.")
