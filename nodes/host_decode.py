@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +78,7 @@ class Decode(Work):
         _, how = self.run(tile, out.numel() * out.element_size(), work)
         return how
 
-    def _choices(self, itemsize: int, tile: tuple[int, int] | None) -> list[Choice]:
+    def _choices(self, itemsize: int, tile: tuple[int, int] | None) -> Sequence[Choice]:
         _, height, width = self.size
         if tile:
             return [weigh(self.structure, height, width, tile, itemsize)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +85,7 @@ class Encode(Work):
         found, how = self.run(tile, numbers * torch.float32.itemsize, work)
         return found.to(self.vae.output_device, self.vae.vae_output_dtype()), how
 
-    def _choices(self, itemsize: int, tile: tuple[int, int] | None) -> list[Choice]:
+    def _choices(self, itemsize: int, tile: tuple[int, int] | None) -> Sequence[Choice]:
         _, height, width = self.size
         if tile:
             return [down_weigh(self.structure, height, width, tile, itemsize)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -44,7 +44,7 @@ class Work:
         """T, H and W of the latents."""
         raise NotImplementedError
 
-    def _choices(self, itemsize: int, tile: tuple[int, int] | None) -> list[Choice]:
+    def _choices(self, itemsize: int, tile: tuple[int, int] | None) -> Sequence[Choice]:
         """What tiles of so many latents take; every sensible size if None, the cheapest first."""
         raise NotImplementedError
 

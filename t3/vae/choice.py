@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from .memory import tile_bytes
 from .structure import Structure
@@ -28,14 +29,18 @@ def weigh(structure: Structure, height: int, width: int, tile: tuple[int, int], 
     return _weigh(structure, rows, cols, _Axis(structure, height, height), _Axis(structure, width, width), itemsize)
 
 
-def choices(structure: Structure, height: int, width: int, itemsize: int) -> list[Choice]:
-    """Every sensible tile for this picture, the cheapest first, and the smallest first among equals."""
+@lru_cache(maxsize=8)
+def choices(structure: Structure, height: int, width: int, itemsize: int) -> tuple[Choice, ...]:
+    """Every sensible tile for this picture, the cheapest first, and the smallest first among equals.
+
+    Remembered: at 4K there are more than a thousand, which takes as long as some tiles do.
+    """
     rows, cols = list(_axes(structure, height)), list(_axes(structure, width))
     found = [_weigh(structure, row, col, rows[0], cols[0], itemsize) for row in rows for col in cols]
-    return sorted(found, key=lambda choice: (choice.work, choice.bytes))
+    return tuple(sorted(found, key=lambda choice: (choice.work, choice.bytes)))
 
 
-def best(found: list[Choice], memory: int) -> Choice | None:
+def best(found: Sequence[Choice], memory: int) -> Choice | None:
     """The cheapest that fits; of those as good, the smallest."""
     fitting = [choice for choice in found if choice.bytes <= memory]
     as_good = [choice for choice in fitting if choice.work <= _AS_GOOD * fitting[0].work]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 
@@ -31,7 +32,7 @@ def make_down_plan(
     if tile is None:
         found = down_choices(structure, height, width, itemsize)
     else:
-        found = [down_weigh(structure, height, width, in_latents(tile, structure.scale), itemsize)]
+        found = (down_weigh(structure, height, width, in_latents(tile, structure.scale), itemsize),)
     kept = features_bytes(structure, frames, height, width, itemsize)
     needs = Needs(
         "encod",
@@ -51,12 +52,13 @@ def down_weigh(structure: DownStructure, height: int, width: int, tile: tuple[in
     return _weigh(structure, rows, cols, untiled, itemsize)
 
 
-def down_choices(structure: DownStructure, height: int, width: int, itemsize: int) -> list[Choice]:
-    """Every sensible tile for this picture, the cheapest first, and the smallest first among equals."""
+@lru_cache(maxsize=8)
+def down_choices(structure: DownStructure, height: int, width: int, itemsize: int) -> tuple[Choice, ...]:
+    """Every sensible tile for this picture, the cheapest first, and the smallest first among equals. Remembered."""
     rows, cols = list(_axes(structure, height)), list(_axes(structure, width))
     untiled = _work(structure, rows[0], cols[0])
     found = [_weigh(structure, row, col, untiled, itemsize) for row in rows for col in cols]
-    return sorted(found, key=lambda choice: (choice.work, choice.bytes))
+    return tuple(sorted(found, key=lambda choice: (choice.work, choice.bytes)))
 
 
 class _Axis:

@@ -3,6 +3,7 @@ so that the memory suffices."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -51,7 +52,7 @@ def make_plan(
     if tile is None:
         found = choices(structure, height, width, itemsize)
     else:
-        found = [weigh(structure, height, width, in_latents(tile, structure.scale), itemsize)]
+        found = (weigh(structure, height, width, in_latents(tile, structure.scale), itemsize),)
     needs = Needs(
         "decod",
         f"{frames} latent frames of {width * structure.scale} x {height * structure.scale} pixels",
@@ -75,7 +76,7 @@ class Needs(NamedTuple):
 
 def plan_within(
     memory: int | None,
-    found: list[Choice],
+    found: Sequence[Choice],
     needs: Needs,
     device: torch.device,
     tile: int | tuple[int, int] | None,
