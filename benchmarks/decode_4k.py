@@ -148,7 +148,7 @@ def note(rows: dict, name: str, label: str, work: Callable[[], dict]) -> None:
     print(name, label, json.dumps(rows[label]), flush=True)
 
 
-def speed(name: str, sd, tiny: bool) -> dict:
+def speed(name: str, sd, tiny: bool, only: list[str]) -> dict:
     """Rows of time and memory, at 4K."""
     channels, height, width = VAES[name]
     if tiny:
@@ -163,15 +163,14 @@ def speed(name: str, sd, tiny: bool) -> dict:
         row = timed(lambda: ours(sd, latents, bound=bound, told=told), bound)[1]
         return {**row, "percent_of_floor": round(100 * WORK[name] / CEILING / row["seconds"], 1), "told": told}
 
-    for bound in BOUNDS:
-        note(rows, name, f"ours, in {bound} GiB", lambda bound=bound: bounded(bound))
-    note(rows, name, "ComfyUI untiled", lambda: timed(lambda: host_untiled(sd, latents))[1])
-    note(
-        rows,
-        name,
-        "ComfyUI tiled",
-        lambda: timed(lambda: host_tiled(host_vae(sd, torch.bfloat16), latents))[1],
-    )
+    runs: dict[str, Callable[[], dict]] = {
+        f"ours, in {bound} GiB": lambda bound=bound: bounded(bound) for bound in BOUNDS
+    }
+    runs["ComfyUI tiled"] = lambda: timed(lambda: host_tiled(host_vae(sd, torch.bfloat16), latents))[1]
+    runs["ComfyUI untiled"] = lambda: timed(lambda: host_untiled(sd, latents))[1]
+    for label, run in runs.items():
+        if not only or any(word in label for word in only):
+            note(rows, name, label, run)
     return rows
 
 
@@ -200,6 +199,7 @@ def main() -> None:
     parser.add_argument("--vaes", nargs="+", choices=VAES, default=list(VAES))
     parser.add_argument("--comfyui", type=Path, default=host_comfy.COMFYUI)
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try the script")
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="rows of time whose name has such a word")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     host_comfy.load(options.comfyui.resolve(), cpu=False)
@@ -207,7 +207,10 @@ def main() -> None:
     with torch.inference_mode():
         for name in options.vaes:
             sd = weights(name, options.tiny)
-            results[name] = {"exactness": exactness(name, sd, options.tiny), "speed": speed(name, sd, options.tiny)}
+            results[name] = {}
+            if not options.only:
+                results[name]["exactness"] = exactness(name, sd, options.tiny)
+            results[name]["speed"] = speed(name, sd, options.tiny, options.only)
             if options.out:
                 options.out.write_text(json.dumps(results, indent=1) + "\n")
 
