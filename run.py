@@ -20,12 +20,13 @@ USAGE = """usage: python3 run.py COMMAND [ARGUMENTS]
   decode     saved latents to video (python -m t3.decode)
   inspect    what a file of weights is, and which of its keys have no place (python -m t3.inspect)
   convert    weights under the names of another program (python -m t3.convert)
+  extract    a tuned model as a LoRA for the model it was tuned from (python -m t3.extract)
   backends   which attention kernels this machine can use (python -m t3.backends)
   test       lint, types and all tests; ARGUMENTS go to pytest
 """
 HOST = "tests/host/install.py"  # brings the ComfyUI that the tests run against
 EXTRAS = {
-    **dict.fromkeys(("generate", "decode", "inspect", "convert", "backends"), "generate"),
+    **dict.fromkeys(("generate", "decode", "inspect", "convert", "extract", "backends"), "generate"),
     "test": "test",
 }
 

@@ -186,9 +186,12 @@ PRODUCTS = {
 FORMS = [*PRODUCTS, "mixed"]
 
 
-def adapter(kind, form, dialect, seed=10):
-    """`(tensors, deltas)` of an adapter file; a delta takes the base in float64 and gives what strength 1 adds."""
-    state, spell = kind_state(kind), DIALECTS[dialect](kind)
+def adapter(kind, form, dialect, seed=10, state=None):
+    """`(tensors, deltas)` of an adapter file; a delta takes the base in float64 and gives what strength 1 adds.
+
+    `state`: the model it is for, where that has other sizes than `kind_state`.
+    """
+    state, spell = kind_state(kind) if state is None else state, DIALECTS[dialect](kind)
     tensors, deltas = {}, {}
     for i, module in enumerate(modules_of(kind)):
         shape = tuple(state[f"{module}.weight"].shape)

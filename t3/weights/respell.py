@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,18 +119,22 @@ def _respell_adapter(file: WeightFile, adapter: AdapterFile, dialect: Dialect) -
             f"{dialect.name} has no alpha: {rounded} scales are folded into the tensors they multiply, in float32 "
             "where they are no power of two"
         )
-    if unread := _unread(adapter, dialect):
-        out.notes.append(
-            f"{unread} changes have names that {dialect.name} itself lacks ({_UNREAD[dialect.name]}): T3 reads them, "
-            "other programs may not"
-        )
+    out.notes += unread_notes([(piece.target, piece.kind) for piece in adapter.pieces], dialect)
     return out
 
 
-def _unread(adapter: AdapterFile, dialect: Dialect) -> int:
+def unread_notes(changes: Sequence[tuple[str, str]], dialect: Dialect) -> list[str]:
+    """What to say of changes, each a parameter and a kind, that other readers of a dialect have no names for."""
     if dialect.underscored:
-        return sum(not piece.target.endswith((".weight", ".bias")) for piece in adapter.pieces)
-    return sum(piece.kind == "diff" for piece in adapter.pieces) if dialect.name in _UNREAD else 0
+        unread = sum(not target.endswith((".weight", ".bias")) for target, _ in changes)
+    else:
+        unread = sum(kind == "diff" for _, kind in changes) if dialect.name in _UNREAD else 0
+    if not unread:
+        return []
+    return [
+        f"{unread} changes have names that {dialect.name} itself lacks ({_UNREAD[dialect.name]}): T3 reads them, "
+        "other programs may not"
+    ]
 
 
 def _piece_entries(file: WeightFile, piece: Piece, dialect: Dialect) -> tuple[list[Entry], bool]:

@@ -47,6 +47,14 @@ class Entry:
         return torch.frombuffer(raw, dtype=dtype).reshape(self.shape) if raw else torch.empty(self.shape, dtype=dtype)
 
 
+def stored_type(dtype: torch.dtype) -> str:
+    """What a safetensors header calls a dtype. Raises T3Error for one that it has no name for."""
+    for stored, known in _ALL_TORCH_TYPES.items():
+        if f"torch.{known}" == str(dtype):
+            return stored
+    raise T3Error(f"{dtype} has no place in a safetensors file.")
+
+
 def tensor_entry(name: str, tensor: torch.Tensor) -> Entry:
     """An entry for a tensor in memory (bfloat16, float16, float32 or float64), on any device."""
     dtype = next(stored for stored, known in TORCH_TYPES.items() if f"torch.{known}" == str(tensor.dtype))
