@@ -17,10 +17,12 @@ class T3Extension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         try:
             from .attention import T3Attention
+            from .extract import T3Extract
             from .latent import T3EmptyLatent
             from .load_latent import T3LoadLatent
             from .plan import T3Plan
             from .preview import T3PlanPreview
+            from .retrofit_loader import T3RetrofitLoader
             from .vae_decode import T3VAEDecode, T3VAEDecodeToVideo
             from .vae_encode import T3VAEEncode
         except ImportError as error:
@@ -28,6 +30,7 @@ class T3Extension(ComfyExtension):
             return []
         return [
             T3Attention,
+            T3RetrofitLoader,
             T3Plan,
             T3PlanPreview,
             T3EmptyLatent,
@@ -35,6 +38,7 @@ class T3Extension(ComfyExtension):
             T3VAEDecode,
             T3VAEDecodeToVideo,
             T3VAEEncode,
+            T3Extract,
         ]
 
 

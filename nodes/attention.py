@@ -13,7 +13,7 @@ from ..t3.plan import PRESETS
 from . import wan
 from .forward_pass import AUTO, FAST, LEAN, Settings
 from .host_attention import chosen_by_user
-from .patch import install
+from .patch import install, plan_of_weights
 from .types import T3PlanType
 
 
@@ -37,8 +37,9 @@ class T3Attention(io.ComfyNode):
                     "plan",
                     options=["auto", *PRESETS],
                     default="auto",
-                    tooltip="Which windows each layer uses. auto: the released plan of the model's family, fitted to "
-                    "the size of the video. dense: full attention, to compare.",
+                    tooltip="Which windows each layer uses. auto: the plan that the weights brought along, else the "
+                    "released one of the model's family, fitted to the size of the video. dense: full attention, to "
+                    "compare.",
                 ),
                 io.Combo.Input(
                     "backend",
@@ -113,7 +114,8 @@ class T3Attention(io.ComfyNode):
         _check_range(start_percent, end_percent)
         diffusion_model = model.get_model_object("diffusion_model")
         layers = len(wan.self_attentions(diffusion_model).windowed)
-        chosen, reason = _plan(plan, custom_plan, diffusion_model)
+        tuned = plan_of_weights(model)
+        chosen, reason = _plan(plan, custom_plan, tuned, diffusion_model)
         settings = Settings(
             plan=chosen,
             backend=backend,
@@ -130,6 +132,7 @@ class T3Attention(io.ComfyNode):
         patched = model.clone()
         notes = install(patched, settings)
         options = patched.model_options.get("transformer_options", {})
+        notes += _about_weights(chosen, tuned)
         return io.NodeOutput(patched, _report(diffusion_model, settings, reason, layers, notes, options))
 
 
@@ -164,11 +167,14 @@ def parse_blocks(text: str | None, count: int | None) -> frozenset[int]:
     return frozenset(blocks)
 
 
-def _plan(name: str, custom: Plan | None, diffusion_model) -> tuple[Plan, str]:
+def _plan(name: str, custom: Plan | None, tuned: Plan | None, diffusion_model) -> tuple[Plan, str]:
+    """The plan to use, and why. `tuned`: the one the weights brought along."""
     if custom is not None:
         return custom, "the connected plan"
     if name != "auto":
         return Plan.preset(name), "as chosen"
+    if tuned is not None:
+        return tuned, "the plan of the weights"
     channels = wan.latent_channels(diffusion_model)
     return Plan.for_latent_channels(channels), f"the released plan for models of {channels}-channel latents"
 
@@ -190,9 +196,16 @@ def _report(diffusion_model, settings: Settings, reason: str, layers: int, notes
     if settings.backend == AUTO and (how := chosen_by_user(options)):
         lines.append(f"Attention inside windows: the one chosen by {how}.")
     lines += notes
-    if plan != PRESETS["dense"]:
-        lines.append(
-            "Whether these weights are T3-tuned cannot be told from the file. If the video is noise, they are not: use "
-            "the released T3 checkpoints, or plan dense."
-        )
     return "\n".join(lines)
+
+
+def _about_weights(plan: Plan, tuned: Plan | None) -> list[str]:
+    """What is known of the weights that this plan needs."""
+    if plan in (PRESETS["dense"], tuned):
+        return []
+    if tuned is not None:
+        return [f"The weights are tuned for plan {tuned.name}, another one: expect a worse picture, or noise."]
+    return [
+        "Whether these weights are T3-tuned cannot be told from the file. If the video is noise, they are not: use "
+        "the released T3 checkpoints, or plan dense."
+    ]

@@ -18,7 +18,7 @@ import comfy.model_management
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
-from ..t3 import Partition, t3_attention
+from ..t3 import Partition, Plan, t3_attention
 from . import estimate, projections, wan
 from .forward_pass import ForwardPass, Settings, plan_forward_pass
 from .host_attention import host_attention
@@ -127,7 +127,7 @@ def install(model, settings: Settings) -> list[str]:
     former = [model.object_patches.get(_key(a.path)) for a in found.windowed]
     notes = []
     if any(_ours(patch) for patch in former):
-        notes.append("Replaces the T3 Attention node before it.")
+        notes.append("Replaces the T3 attention of a node before it.")
     foreign = sorted({_owner(patch) for patch in former if patch is not None and not _ours(patch)})
     if foreign:
         notes.append(f"Replaces the self-attention patch of {', '.join(foreign)}: the later patch wins.")
@@ -135,6 +135,22 @@ def install(model, settings: Settings) -> list[str]:
         notes.append(f"Stay dense, being attention of another kind: {', '.join(found.left_dense)}.")
     _put(model, found.windowed, Installation(settings))
     return notes
+
+
+def settings_of(model) -> Settings | None:
+    """What a node before asked for, where `model` has T3 already."""
+    ours = (patch for patch in model.object_patches.values() if _ours(patch))
+    return next((patch.__self__.installation.settings for patch in ours), None)
+
+
+def plan_of_weights(model) -> Plan | None:
+    """The plan that came with the weights on `model`, where a node said so by `set_plan_of_weights`."""
+    return model.get_attachment(KEY)
+
+
+def set_plan_of_weights(model, plan: Plan) -> None:
+    """Keep with `model` and its clones what plan its weights are tuned for."""
+    model.set_attachments(KEY, plan)
 
 
 def _put(model, attentions: list[wan.SelfAttention], installation: Installation) -> None:

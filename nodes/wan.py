@@ -120,19 +120,26 @@ class SelfAttentions(NamedTuple):
     left_dense: list[str]
 
 
+def require(model) -> None:
+    """Raise `T3Error` for a diffusion model that is not Wan."""
+    from comfy.ldm.wan.model import WanModel
+
+    if not isinstance(model, WanModel):
+        raise T3Error(
+            f"T3 works on Wan video models, and this one is a {type(model).__name__}. Connect a Wan2.1 or Wan2.2 "
+            "model, or remove the node."
+        )
+
+
 def self_attentions(model) -> SelfAttentions:
     """Every self-attention over the video's tokens. A VACE block has the plan layer of the block whose output it joins.
 
     Raises `T3Error` for a model that is not Wan, or none of whose self-attention can be windowed.
     """
-    from comfy.ldm.wan.model import WanModel, WanSelfAttention
+    from comfy.ldm.wan.model import WanSelfAttention
 
+    require(model)
     name = type(model).__name__
-    if not isinstance(model, WanModel):
-        raise T3Error(
-            f"T3 Attention works on Wan video models, and this one is a {name}. Connect a Wan2.1 or Wan2.2 model, or "
-            "remove the node."
-        )
     found = [SelfAttention(f"blocks.{i}.self_attn", block.self_attn, i) for i, block in enumerate(model.blocks)]
     for layer, j in getattr(model, "vace_layers_mapping", {}).items():
         found.append(SelfAttention(f"vace_blocks.{j}.self_attn", model.vace_blocks[j].self_attn, layer))

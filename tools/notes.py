@@ -15,14 +15,20 @@ WAN_2_2 = f"{HUB}/Comfy-Org/Wan_2.2_ComfyUI_Repackaged/resolve/main/split_files"
 
 @dataclass(frozen=True)
 class File:
-    """A model file: its name, the folder under `ComfyUI/models` it belongs in, and where to download it."""
+    """A model file: its name, the folder under `ComfyUI/models` it belongs in, and where to download it.
+
+    A user's own file has no `url`; `about` says in words what it is.
+    """
 
     name: str
     folder: str
-    url: str
+    url: str = ""
+    about: str = ""
 
     def __str__(self) -> str:
-        return f"- [{self.name}]({self.url})  \n  into models/{self.folder}"
+        if self.url:
+            return f"- [{self.name}]({self.url})  \n  into models/{self.folder}"
+        return f"- *{self.name}*: {self.about}  \n  into models/{self.folder}"
 
     @property
     def entry(self) -> dict[str, str]:
@@ -38,13 +44,19 @@ TEXT_ENCODER = _file("text_encoders", f"{WAN_2_1}/text_encoders/umt5_xxl_fp16.sa
 
 
 @dataclass(frozen=True)
-class Model:
-    """A released model: what the workflows need to know, and what was measured of it at 4K (benchmarks/README.md)."""
+class Base:
+    """A model, as the workflows need to know it."""
 
     name: str
     family: str
     dit: File
     vae: File
+
+
+@dataclass(frozen=True)
+class Model(Base):
+    """A released T3 model, and what was measured of it at 4K (benchmarks/README.md)."""
+
     peak_gib: int
     step_seconds: float
     decode_seconds: int
@@ -56,8 +68,8 @@ WAN21 = Model(
     dit=_file("diffusion_models", f"{RELEASE}/resolve/main/T3-Video-Wan2.1-T2V-1.3B.safetensors"),
     vae=_file("vae", f"{WAN_2_1}/vae/wan_2.1_vae.safetensors"),
     peak_gib=34,
-    step_seconds=13.4,
-    decode_seconds=38,
+    step_seconds=12.0,
+    decode_seconds=15,
 )
 WAN22 = Model(
     name="Wan2.2 5B",
@@ -65,9 +77,20 @@ WAN22 = Model(
     dit=_file("diffusion_models", f"{RELEASE}/resolve/main/T3-Video-Wan2.2-T2V-5B.safetensors"),
     vae=_file("vae", f"{WAN_2_2}/vae/wan2.2_vae.safetensors"),
     peak_gib=23,
-    step_seconds=7.1,
-    decode_seconds=37,
+    step_seconds=6.4,
+    decode_seconds=20,
 )
+WAN14 = Base(
+    name="Wan2.1 14B",
+    family="Wan2.1, Wan2.2 14B",
+    dit=_file("diffusion_models", f"{WAN_2_1}/diffusion_models/wan2.1_t2v_14B_fp16.safetensors"),
+    vae=WAN21.vae,
+)
+# The name that T3 Extract gives its first file.
+T3_LORA = File("t3_00001_.safetensors", "loras", about="your T3 LoRA for this base (T3 Extract writes output/loras)")
+STYLE_LORA = File("style.safetensors", "loras", about="any ordinary LoRA for this base")
+FILES = (TEXT_ENCODER, *(file for model in (WAN21, WAN22, WAN14) for file in (model.dit, model.vae)))
+OWN_FILES = (T3_LORA, STYLE_LORA)
 
 
 def files(*needed: File) -> str:
@@ -95,7 +118,36 @@ about {minutes} minutes for {steps} steps. Measured in ComfyUI on an H100 card w
 memory, or a slower one: begin with the 1080p workflow.
 
 Decoding: {model.decode_seconds} s on that card. *T3 VAE Decode to Video* works in exact tiles of a size that fits the
-memory: 6 GiB were enough, a little slower. The frames are 2 GB of ordinary memory (computed)."""
+memory: 8 GiB were enough, and took 21 to 23 s. Frames and encoder take 3 to 4 GB of ordinary memory."""
+
+
+OWN_WEIGHTS = """## Bring a T3 LoRA
+
+T3 attention needs weights tuned for it: **stock Wan weights give noise**, and the style LoRA alone makes stock weights
+no better. The authors released whole models for 1.3B and 5B, none for 14B. This graph is for a T3 LoRA that you
+trained, or that *T3 Extract* made of a T3-tuned whole model. Nobody has checked a 14B so far.
+
+*T3 LoRA Retrofit Loader* reads LoRAs of every kind and key style, differences and whole checkpoints. Choose your file
+in it. A VACE or image-to-video base works alike, with its own conditioning nodes in place of *T3 Empty Latent*.
+
+The base may be the fp8 file from the same place, to need half the memory."""
+
+OWN_PLAN = """## Where are the windows?
+
+A file of T3's own tools carries the plan it was tuned for, and the loader sets up T3 attention by it: no T3 Attention
+node is needed. For a file without a plan, put *T3 Attention* behind the loader. The report says which of the two it
+is, what was applied, and whether the base is the one the LoRA was made for.
+
+## Beside a style LoRA
+
+Both are added to the same weights, so their order does not matter. Set a strength of 0 to see what one of them
+does. A style was trained with full attention; how it looks under T3 has not been checked."""
+
+OWN_SIZE = """## The size
+
+Begin with 1080p. A T3 LoRA is at its best at the size it was tuned for, which the report names as a grid of tokens: a
+token is 16 pixels wide and high. At 3840x2176, 81 frames, the command line took 48 s for one forward pass of a 14B, two
+of which make a step, and 107 GiB at its peak, on an H200. In ComfyUI it has not been measured."""
 
 
 def reading_report(model: Model) -> str:

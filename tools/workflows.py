@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from t3.generate import DEFAULTS, NEGATIVE_PROMPT
 
 from . import notes
 from .graph import Column, Graph, Link
-from .notes import TEXT_ENCODER, WAN21, WAN22, Model
+from .notes import STYLE_LORA, T3_LORA, TEXT_ENCODER, WAN14, WAN21, WAN22, Base, Model
 from .thumbnails import draw
 
 FOLDER = Path(__file__).resolve().parent.parent / "workflows"
@@ -42,6 +43,7 @@ def graphs() -> list[Graph]:
         decode_later(WAN21),
         text_to_video(WAN22),
         image_to_video(WAN22),
+        retrofitted(WAN14),
     ]
 
 
@@ -104,6 +106,24 @@ def image_to_video(model: Model) -> Graph:
     return graph
 
 
+def retrofitted(model: Base) -> Graph:
+    graph = Graph(f"{model.name} T3 LoRA with style LoRA")
+    column = graph.column("", 440)
+    note(column, "UNPROVEN: a T3 LoRA of your own", notes.OWN_WEIGHTS)
+    note(column, "Files", notes.files(model.dit, TEXT_ENCODER, model.vae, T3_LORA, STYLE_LORA))
+    note(column, "How it works", f"{notes.OWN_PLAN}\n\n{notes.OWN_SIZE}")
+
+    def weights(column: Column, base: Link) -> Link:
+        t3 = column.add("T3RetrofitLoader", model=base, file=f"{T3_LORA.folder}/{T3_LORA.name}")
+        report(column, t3["report"], "What was applied")
+        style = column.add("LoraLoaderModelOnly", "Style LoRA", model=t3["model"], lora_name=STYLE_LORA.name)
+        return style["MODEL"]
+
+    latent = sampled(graph, model, "1080p landscape", STEPS, weights=weights)
+    decoded(graph, latent, model)
+    return graph
+
+
 def about(graph: Graph, model: Model, *texts: str, title: str = "Read me first") -> None:
     """The notes on the left: this workflow, its files, its weights."""
     column = graph.column("", 440)
@@ -119,10 +139,18 @@ def note(column: Column, title: str, text: str) -> None:
     column.note(title, flowing)
 
 
-def sampled(graph: Graph, model: Model, size: Any, steps: int, prompt: str = PROMPT) -> Link:
+def sampled(
+    graph: Graph,
+    model: Base,
+    size: Any,
+    steps: int,
+    prompt: str = PROMPT,
+    weights: Callable[[Column, Link], Link] | None = None,
+) -> Link:
     """Loaders, T3, prompts and sampler, with the release's settings; gives the latents.
 
     `size` is one of T3 Empty Latent's, or a function that adds nodes for the latents to a column, given the VAE.
+    `weights` adds nodes that put weights on the loaded model, and T3 with them; without it T3 Attention does that.
     """
     models = graph.column("Models", 340)
     dit = models.add("UNETLoader", files=[model.dit.entry], unet_name=model.dit.name)
@@ -130,9 +158,10 @@ def sampled(graph: Graph, model: Model, size: Any, steps: int, prompt: str = PRO
     vae = None
     if callable(size):
         vae = load_vae(models, model)
-    t3 = graph.column("T3 and size", 340)
-    shifted = t3.add("ModelSamplingSD3", model=dit["MODEL"], shift=SHIFT)
-    windowed = t3.add("T3Attention", model=shifted["MODEL"])
+    loaded = weights(graph.column("Weights", 380), dit["MODEL"]) if weights else dit["MODEL"]
+    t3 = graph.column("Size" if weights else "T3 and size", 340)
+    shifted = t3.add("ModelSamplingSD3", model=loaded, shift=SHIFT)
+    windowed = None if weights else t3.add("T3Attention", model=shifted["MODEL"])
     if callable(size):
         latent = size(t3, vae)
     else:
@@ -150,7 +179,7 @@ def sampled(graph: Graph, model: Model, size: Any, steps: int, prompt: str = PRO
     sampling = graph.column("Sample", 380)
     sampler = sampling.add(
         "KSampler",
-        model=windowed["model"],
+        model=windowed["model"] if windowed else shifted["MODEL"],
         positive=positive["CONDITIONING"],
         negative=negative["CONDITIONING"],
         latent_image=latent,
@@ -161,11 +190,12 @@ def sampled(graph: Graph, model: Model, size: Any, steps: int, prompt: str = PRO
         scheduler="simple",
         denoise=1.0,
     )
-    report(sampling, windowed["report"], "What T3 Attention did")
+    if windowed:
+        report(sampling, windowed["report"], "What T3 Attention did")
     return sampler["LATENT"]
 
 
-def load_vae(column: Column, model: Model) -> Link:
+def load_vae(column: Column, model: Base) -> Link:
     return column.add("VAELoader", files=[model.vae.entry], vae_name=model.vae.name)["VAE"]
 
 
@@ -173,7 +203,7 @@ def report(column: Column, text: Link, title: str) -> None:
     column.add("PreviewAny", title, tall=260, source=text)
 
 
-def decoded(graph: Graph, latent: Link, model: Model) -> None:
+def decoded(graph: Graph, latent: Link, model: Base) -> None:
     """VAE decode and the video file."""
     existing = [node for node in graph.nodes if node.kind == "VAELoader"]
     column = graph.column("Decode and save", 460)

@@ -163,6 +163,57 @@ def vae_encode() -> Image.Image:
     return image
 
 
+def retrofit_loader() -> Image.Image:
+    """What a file brings: changes of weights, and a plan; onto a clone of the model."""
+    image = Image.new("RGB", (WIDTH, 300), PAPER)
+    canvas = ImageDraw.Draw(image)
+
+    def box(x: int, y: int, wide: int, words: tuple[str, ...], fill: tuple[int, ...]) -> None:
+        canvas.rounded_rectangle((x, y, x + wide, y + 100), 10, fill=fill, outline=FAINT, width=2)
+        for line, text in enumerate(words):
+            size, ink = (BODY, INK) if line == 0 else (SMALL, FAINT)
+            canvas.text((x + wide // 2, y + 32 + 34 * line), text, font=font(size), fill=ink, anchor="mm")
+
+    box(MARGIN, 30, 240, ("model", "stays as it is"), PAPER)
+    box(MARGIN, 170, 240, ("file", "LoRA, diff, whole"), _light(ORANGE, 0.5))
+    box(350, 30, 220, ("weights", "model + change"), _light(BLUE, 0.3))
+    box(350, 170, 220, ("attention", "the file's plan"), _light(BLUE, 0.3))
+    box(650, 100, 220, ("a clone", "for the sampler"), _light(BLUE, 0.3))
+    _arrow(canvas, 274, 346, 80)
+    canvas.line((274, 205, 310, 205, 310, 110, 330, 110), fill=FAINT, width=3)
+    _arrow(canvas, 328, 346, 110)
+    _arrow(canvas, 274, 346, 235)
+    _arrow(canvas, 574, 646, 120)
+    _arrow(canvas, 574, 646, 180)
+    return image
+
+
+def extract() -> Image.Image:
+    """A layer's change, which is nearly two thin matrices."""
+    image = Image.new("RGB", (WIDTH, 330), PAPER)
+    canvas = ImageDraw.Draw(image)
+    side, thin, top = 180, 22, 80
+    middle = top + side // 2
+
+    def matrix(x: int, wide: int, high: int, colour: tuple[int, ...], words: str) -> None:
+        y = middle - high // 2
+        canvas.rectangle((x, y, x + wide, y + high), fill=colour)
+        canvas.text((x + wide // 2, top + side + 34), words, font=font(BODY), fill=INK, anchor="mm")
+
+    def sign(x: int, text: str) -> None:
+        canvas.text((x, middle), text, font=font(TITLE), fill=INK, anchor="mm")
+
+    canvas.text((MARGIN, MARGIN), "one layer", font=font(HEAD), fill=INK)
+    matrix(MARGIN, side, side, _light(BLUE, 0.6), "tuned")
+    sign(248, "-")
+    matrix(286, side, side, _light(BLUE, 0.3), "base")
+    sign(504, "=")
+    matrix(560, thin, side, ORANGE, "up")
+    matrix(604, side, thin, ORANGE, "down")
+    canvas.text((806, middle), "+ error", font=font(BODY), fill=FAINT, anchor="lm")
+    return image
+
+
 def vae_decode_to_video() -> Image.Image:
     """Memory that 81 frames of 4K take."""
     numbers = 81 * 2176 * 3840 * 3
@@ -190,6 +241,7 @@ def _arrow(canvas: ImageDraw.ImageDraw, start: int, end: int, y: int) -> None:
 
 PICTURES = {
     "T3Attention": attention,
+    "T3RetrofitLoader": retrofit_loader,
     "T3Plan": plan,
     "T3PlanPreview": plan_preview,
     "T3EmptyLatent": empty_latent,
@@ -197,4 +249,5 @@ PICTURES = {
     "T3VAEDecode": vae_decode,
     "T3VAEDecodeToVideo": vae_decode_to_video,
     "T3VAEEncode": vae_encode,
+    "T3Extract": extract,
 }

@@ -17,15 +17,22 @@ import torch
 from install import FOLDER
 from safetensors.torch import save_file
 
-from tools.notes import TEXT_ENCODER, WAN21, WAN22, File
+from t3 import Plan
+from t3.weights import T3Metadata
+from t3.weights.fingerprint import fingerprint
+from tools.notes import STYLE_LORA, T3_LORA, TEXT_ENCODER, WAN14, WAN21, WAN22, File
 
 TEXT_WIDTH = 768  # of the text encoder below
+LAYERS = 2  # of the diffusion models
 # Another number where a file changes, so that old ones are built anew.
 VERSION = 2
 WIDTH, HEIGHT, FRAMES, STEPS = 64, 64, 5, 2
 BUILDERS: dict[File, Callable[[], tuple[dict[str, torch.Tensor], dict[str, str]]]] = {
     WAN21.dit: lambda: _dit("t2v"),
     WAN22.dit: lambda: _dit("ti2v-5b"),
+    WAN14.dit: lambda: _dit("t2v", seed=14),
+    T3_LORA: lambda: (_lora(20, "o", "modulation"), _t3_metadata()),
+    STYLE_LORA: lambda: (_lora(30, "q", "v"), {}),
     TEXT_ENCODER: lambda: (_text_encoder(), {}),
     WAN21.vae: lambda: (_vae21(), {}),
     WAN22.vae: lambda: (_vae22(), {}),
@@ -64,10 +71,30 @@ SMALL: dict[str, dict[str, int]] = {
 }
 
 
-def _dit(kind: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    sizes = {"num_layers": 2, "text_dim": TEXT_WIDTH}
-    state = host_models.dit_state_dict(kind, **sizes)
+def _dit(kind: str, seed: int = 0) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    sizes = {"num_layers": LAYERS, "text_dim": TEXT_WIDTH}
+    state = host_models.dit_state_dict(kind, seed=seed, **sizes)
     return {key: tensor.half() for key, tensor in state.items()}, host_models.metadata(TEXT_WIDTH)
+
+
+def _lora(seed: int, *names: str) -> dict[str, torch.Tensor]:
+    """A LoRA on these self-attention projections, or the difference of the modulation tables."""
+    generator, width = torch.Generator().manual_seed(seed), host_models.SIZES["dim"]
+    state = {}
+    for block in (f"diffusion_model.blocks.{i}" for i in range(LAYERS)):
+        for name in names:
+            if name == "modulation":
+                state[f"{block}.modulation.diff"] = 0.1 * torch.randn(1, 6, width, generator=generator)
+                continue
+            state[f"{block}.self_attn.{name}.lora_A.weight"] = torch.randn(4, width, generator=generator) / 16
+            state[f"{block}.self_attn.{name}.lora_B.weight"] = torch.randn(width, 4, generator=generator) / 16
+    return state
+
+
+def _t3_metadata() -> dict[str, str]:
+    base, _ = _dit("t2v", seed=14)
+    mark = fingerprint("wan2.1-t2v-14b", base, base.__getitem__)
+    return T3Metadata(plan=Plan.preset("wan2.1-4k"), base=mark, rank=4, writer="stand-in").to_header()
 
 
 def _vae21() -> dict[str, torch.Tensor]:

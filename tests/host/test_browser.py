@@ -183,12 +183,16 @@ def test_every_node_has_a_help_page(tab, no_problem, host, tmp_path):
         text = (host_browser.ROOT / "web" / "docs" / f"{kind}.md").read_text(encoding="utf-8")
         heading = next(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
         panel.get_by_role("heading", name=heading).first.wait_for()
-        pictures = panel.locator("img")
-        page.wait_for_function(
-            """() => [...document.querySelectorAll("[data-testid='properties-panel'] img")]
-                .every(image => image.complete && image.naturalWidth > 0)"""
-        )
-        assert pictures.count() == text.count("!["), f"{schema['display_name']}: the help page's pictures"
+        try:
+            page.wait_for_function(
+                """count => {
+                    const pictures = [...document.querySelectorAll("[data-testid='properties-panel'] img")];
+                    return pictures.length === count && pictures.every(p => p.complete && p.naturalWidth > 0);
+                }""",
+                arg=text.count("!["),
+            )
+        except TimeoutError as error:
+            raise AssertionError(f"{schema['display_name']}: the help page's pictures") from error
         if kind == "T3Attention":
             page.wait_for_timeout(300)
             tab.picture("help", tmp_path)

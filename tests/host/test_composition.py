@@ -212,7 +212,7 @@ def test_a_second_t3_node_replaces_the_first(pack, dit, windowed):
     first = sample(once, latent)
     assert windowed.count == 2
     twice, report = with_t3(pack, once)
-    assert "Replaces the T3 Attention node before it." in report
+    assert "Replaces the T3 attention of a node before it." in report
     assert torch.equal(sample(twice, latent), sample(with_t3(pack, model)[0], latent))
     assert torch.equal(sample(once, latent), first), "the first node's model changed"
 

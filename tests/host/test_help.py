@@ -13,6 +13,7 @@ from write_web import DOCS, LOCALES, ROOT
 
 NAMES = [
     "T3Attention",
+    "T3RetrofitLoader",
     "T3Plan",
     "T3PlanPreview",
     "T3EmptyLatent",
@@ -20,6 +21,7 @@ NAMES = [
     "T3VAEDecode",
     "T3VAEDecodeToVideo",
     "T3VAEEncode",
+    "T3Extract",
 ]
 LANGUAGES = ["en", "zh"]
 

@@ -141,6 +141,15 @@ def test_the_report_can_be_read(host):
     assert any("1 tile" in text and "Wan2.1 VAE" in text for text in texts)
 
 
+def test_a_t3_lora_brings_its_plan(host):
+    """The workflow without T3 Attention, as its report has it."""
+    graph = twin(next(name for name in NAMES if "T3 LoRA" in name))
+    outputs = run(host, graph)["outputs"]
+    texts = [outputs[number]["text"][0] for number, node in graph.items() if node["class_type"] == "PreviewAny"]
+    assert any("T3 attention with plan wan2.1-4k, from the file" in text for text in texts)
+    assert all("WARNING" not in text for text in texts)
+
+
 def latents(host, graph) -> dict[str, torch.Tensor]:
     """What the graph's SaveLatent nodes wrote, by the node's number."""
     outputs = run(host, graph)["outputs"]
@@ -211,12 +220,13 @@ BAD = [
     ("T3Attention", {"start_percent": 0.8, "end_percent": 0.2}, "Start must be less than end"),
     ("T3EmptyLatent", {"width": 65}, None),
     ("T3LoadLatent", {"latent": "no such.latent"}, None),
+    ("T3RetrofitLoader", {"file": "loras/../../secret.safetensors"}, "choose one of the list"),
 ]
 
 
 @pytest.mark.parametrize(("kind", "changes", "words"), BAD)
 def test_bad_inputs_are_refused_in_one_sentence_before_sampling(host, kind, changes, words):
-    graph = twin(DECODE_LATER) if kind == "T3LoadLatent" else text_to_video()
+    graph = next(graph for graph in map(twin, NAMES) if kind in {node["class_type"] for node in graph.values()})
     number, saver = number_of(graph, kind), number_of(graph, "SaveVideo")
     graph[number]["inputs"].update(changes)
     status, answer = host.post_prompt(graph)

@@ -24,6 +24,13 @@ def of_kind(name: str, kind: str) -> list[dict]:
     return [node["inputs"] for node in API[name].values() if node["class_type"] == kind]
 
 
+def upstream(name: str, link: list) -> list[str]:
+    """What a model goes through before it arrives at `link`, last node first."""
+    node = API[name][link[0]]
+    before = node["inputs"].get("model")
+    return [node["class_type"], *(upstream(name, before) if before else [])]
+
+
 def texts(name: str) -> str:
     return "\n".join(node["widgets_values"][0] for node in UI[name]["nodes"] if node["type"] == NOTE)
 
@@ -86,14 +93,14 @@ def test_every_model_file_is_named_in_a_note_with_link_and_folder(name):
         if isinstance(value, str) and value.endswith(".safetensors")
     }
     assert loaded
-    known = {
-        file.name: file
-        for file in (notes.TEXT_ENCODER, *(f for m in (notes.WAN21, notes.WAN22) for f in (m.dit, m.vae)))
-    }
+    # T3's loader has files of two folders in its list.
+    loaded = {entry.rpartition("/")[2] for entry in loaded}
+    known = {file.name: file for file in (*notes.FILES, *notes.OWN_FILES)}
+    own = {file.name for file in notes.OWN_FILES}
     offered = {file["name"] for node in UI[name]["nodes"] for file in node["properties"].get("models", ())}
-    assert offered == loaded
+    assert offered == loaded - own
     for file in loaded:
-        assert known[file].url in texts(name)
+        assert (file if file in own else known[file].url) in texts(name)
         assert f"models/{known[file].folder}" in texts(name)
 
 
@@ -114,7 +121,7 @@ def test_settings_are_the_releases(name):
     assert negative == NEGATIVE_PROMPT
     for inputs in of_kind(name, "T3VAEDecodeToVideo"):
         assert inputs["fps"] == DEFAULTS["fps"]
-    assert API[name][sampler["model"][0]]["class_type"] == "T3Attention"
+    assert [kind for kind in upstream(name, sampler["model"]) if kind in ("T3Attention", "T3RetrofitLoader")]
     assert "noise" in texts(name), "the notes must say what stock weights give"
 
 
@@ -136,4 +143,4 @@ def test_reports_are_shown(name):
     """Every report a T3 node gives in a workflow that samples or loads can be read in it."""
     shown = {API[name][inputs["source"][0]]["class_type"] for inputs in of_kind(name, "PreviewAny")}
     there = {node["class_type"] for node in API[name].values()}
-    assert shown == there & {"T3Attention", "T3LoadLatent", "T3VAEDecodeToVideo", "T3VAEEncode"}
+    assert shown == there & {"T3Attention", "T3RetrofitLoader", "T3LoadLatent", "T3VAEDecodeToVideo", "T3VAEEncode"}
