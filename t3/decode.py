@@ -71,7 +71,8 @@ def _decode(args: argparse.Namespace) -> int:
     if latents.shape[0] > 1:
         cli.say(f"{args.latents} holds {latents.shape[0]} clips; decoding the first.")
     with watch.stage("decode"):
-        pieces = with_progress(decode_frames(vae, latents[:1], device, cli.say), frame_count(latents.shape[2]))
+        frames = decode_frames(vae, latents[:1], device, cli.say, args.bit_depth)
+        pieces = with_progress(frames, frame_count(latents.shape[2]))
         cli.write_clip(args.out, pieces, width, height, args, {"t3": ours} if ours else {})
     cli.say(f"wrote {args.out}")
     if args.json:

@@ -31,11 +31,14 @@ def check_latents(latents: torch.Tensor, vae: AutoencoderKLWan) -> None:
         )
 
 
-def decode_frames(vae: AutoencoderKLWan, latents: torch.Tensor, device: torch.device, say: Say) -> Iterator:
-    """Decode `[1, C, T, H, W]` latents in the VAE's space. Yields frames `[1, H, W, 3]`, uint16, on the CPU.
+def decode_frames(
+    vae: AutoencoderKLWan, latents: torch.Tensor, device: torch.device, say: Say, bit_depth: int
+) -> Iterator:
+    """Decode `[1, C, T, H, W]` latents in the VAE's space. Yields frames `[1, H, W, 3]` on the CPU.
 
-    The numbers of `vae.decode` without tiling, whatever memory there is, rounded to 16 bits. Tiles hold all of their
-    time, so that the first frame is there when the last is: the whole clip waits in 6 bytes per pixel.
+    The numbers of `vae.decode` without tiling, whatever memory there is, rounded to uint8 for a `bit_depth` of 8, else
+    to uint16. Tiles hold all of their time, so that the first frame is there when the last is: the whole clip waits in
+    3 or 6 bytes per pixel.
     vae: on any device; its decoder's weights are copied to `device`. `say` is told what the decode resorts to.
     """
     check_latents(latents, vae)
@@ -43,8 +46,8 @@ def decode_frames(vae: AutoencoderKLWan, latents: torch.Tensor, device: torch.de
 
     decoder = WanDecoder.from_state_dict(vae.state_dict(), device, vae.dtype)
     _, _, frames, height, width = latents.shape
-    scale = decoder.structure.scale
-    out = torch.empty(1, frame_count(frames), height * scale, width * scale, 3, dtype=torch.uint16)
+    scale, dtype = decoder.structure.scale, torch.uint8 if bit_depth == 8 else torch.uint16
+    out = torch.empty(1, frame_count(frames), height * scale, width * scale, 3, dtype=dtype)
     with tqdm(desc="decoding tiles", leave=False, bar_format=_BAR) as bar:
 
         def progress(done: int, total: int) -> None:

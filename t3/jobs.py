@@ -197,7 +197,7 @@ def _run(engine: Engine, job: Job, args: argparse.Namespace, settings: dict[str,
         return {"latents": str(stored)}
     try:
         with watch.stage("decode"):
-            write_clip(job.out, _frames(engine, latents), args.width, args.height, args, metadata)
+            write_clip(job.out, _frames(engine, latents, args.bit_depth), args.width, args.height, args, metadata)
     except BaseException:
         say(f"{job.name}: not decoded, but not lost: the latents are in {stored}. {_how_to_decode(engine, stored)}")
         raise
@@ -206,10 +206,10 @@ def _run(engine: Engine, job: Job, args: argparse.Namespace, settings: dict[str,
     return {"out": str(job.out), **({"latents": str(stored)} if job.latents else {})}
 
 
-def _frames(engine: Engine, latents) -> Iterator:
+def _frames(engine: Engine, latents, bit_depth: int) -> Iterator:
     from .decoder import decode_frames, frame_count
 
-    frames = decode_frames(engine.vae, latents, engine.device, say)
+    frames = decode_frames(engine.vae, latents, engine.device, say, bit_depth)
     return with_progress(frames, frame_count(latents.shape[2]))
 
 
