@@ -20,18 +20,25 @@ pytestmark = pytest.mark.usefixtures("folders")
 
 
 def test_all_are_there_in_order(nodes):
-    making = ["T3Attention", "T3Plan", "T3PlanPreview", "T3EmptyLatent", "T3LoadLatent"]
-    assert list(nodes) == [*making, "T3VAEDecode", "T3VAEDecodeToVideo"]
+    making = ["T3Attention", "T3RetrofitLoader", "T3Plan", "T3PlanPreview", "T3EmptyLatent", "T3LoadLatent"]
+    assert list(nodes) == [*making, "T3VAEDecode", "T3VAEDecodeToVideo", "T3VAEEncode", "T3Extract"]
     for node in nodes.values():
         schema = node.GET_SCHEMA()
-        assert schema.category == "T3" and schema.description and schema.search_aliases
+        assert schema.category in ("T3", "T3/advanced") and schema.description and schema.search_aliases
         assert schema.display_name.startswith("T3 ")
 
 
 def test_nothing_needs_thought(nodes):
-    """Every input but a model, latents and a VAE has a default, and the defaults are legal."""
+    """Every input but what is connected, and the files of weights, has a default, and the defaults are legal."""
     decoding = ["samples", "vae"]
-    connected = {"T3Attention": ["model"], "T3VAEDecode": decoding, "T3VAEDecodeToVideo": decoding}
+    connected = {
+        "T3Attention": ["model"],
+        "T3RetrofitLoader": ["model", "file"],
+        "T3VAEDecode": decoding,
+        "T3VAEDecodeToVideo": decoding,
+        "T3VAEEncode": ["pixels", "vae"],
+        "T3Extract": ["base", "tuned"],
+    }
     for name, node in nodes.items():
         required = [i.id for i in node.GET_SCHEMA().inputs if not i.optional and getattr(i, "default", None) is None]
         assert required == connected.get(name, [])

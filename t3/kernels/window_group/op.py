@@ -10,7 +10,7 @@ from ..usable import triton_usable
 from . import naive
 
 # The pack and an installed t3 may both be loaded: each has its own.
-_NAME = re.sub(r"\W", "_", __name__)
+_NAME = re.sub(r"\W", "_", __name__, flags=re.ASCII)
 
 
 @torch.library.custom_op(f"{_NAME}::window_group", mutates_args=())
