@@ -15,6 +15,7 @@ from .forward_pass import AUTO, FAST, LEAN, Settings
 from .host_attention import chosen_by_user
 from .patch import install, plan_of_weights
 from .types import T3PlanType
+from .verdict import verdict
 
 
 class T3Attention(io.ComfyNode):
@@ -100,12 +101,8 @@ class T3Attention(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, start_percent, end_percent, dense_blocks) -> bool | str:
         """What can be refused before the graph runs; a string is the reason."""
-        try:
-            _check_range(start_percent, end_percent)
-            parse_blocks(dense_blocks, None)
-        except T3Error as error:
-            return str(error)
-        return True
+        ranges = verdict(_check_range, start_percent, end_percent)
+        return verdict(parse_blocks, dense_blocks, None) if ranges is True else ranges
 
     @classmethod
     def execute(

@@ -17,6 +17,7 @@ from ..t3.weights import open_weights
 from ..t3.weights.extract import DEFAULT_ERROR, extract
 from . import model_files
 from .types import T3PlanType
+from .verdict import verdict
 
 FOLDERS = ("diffusion_models",)
 AUTO, NONE = "auto", "none"
@@ -106,14 +107,10 @@ class T3Extract(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, base=None, tuned=None, rank=None, max_rank=None, filename_prefix=None) -> bool | str:
         """What can be refused before the graph runs; a string is the reason."""
-        problem = model_files.problem(base, *FOLDERS) or model_files.problem(tuned, *FOLDERS)
-        if problem is not None:
-            return problem
-        try:
-            _check(base, tuned, rank, max_rank, filename_prefix)
-        except T3Error as error:
-            return str(error)
-        return True
+        for entry in (base, tuned):
+            if (found := model_files.verdict_on(entry, *FOLDERS)) is not True:
+                return found
+        return verdict(_check, base, tuned, rank, max_rank, filename_prefix)
 
     @classmethod
     def fingerprint_inputs(cls, base=None, tuned=None, **_) -> str:

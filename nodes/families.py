@@ -12,6 +12,7 @@ from ..t3.cost import ModelShape
 from ..t3.errors import T3Error
 from ..t3.plan import VIDEO_FRAMES_PER_LATENT
 from ..t3.weights import known_config
+from .verdict import verdict
 
 MOST_PIXELS = 16384  # along one side, as everywhere in ComfyUI
 MOST_FRAMES = 8193
@@ -130,17 +131,14 @@ def pixel_inputs() -> list[io.Input]:
 
 def widget_problem(family: str | None, frames: int | None, width: int | None, height: int | None) -> bool | str:
     """For `validate_inputs`: True, or why there is no such clip. None stands for a value that comes over a link."""
-    try:
-        video(
-            next(iter(SIZES)),
-            next(iter(FAMILIES)) if family is None else family,
-            1 if frames is None else frames,
-            width or 0,
-            height or 0,
-        )
-    except T3Error as error:
-        return str(error)
-    return True
+    return verdict(
+        video,
+        next(iter(SIZES)),
+        next(iter(FAMILIES)) if family is None else family,
+        1 if frames is None else frames,
+        width or 0,
+        height or 0,
+    )
 
 
 def video_of_latents(shape: Sequence[int]) -> Video:

@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..t3.errors import T3Error
 from ..t3.latents import load_latents
 from .families import video_of_latents
+from .verdict import verdict
 
 NEWEST = "newest"
 
@@ -41,13 +42,7 @@ class T3LoadLatent(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, latent=NEWEST) -> bool | str:
         """What can be refused before the graph runs; a string is the reason."""
-        if latent is None:  # comes over a link
-            return True
-        try:
-            find(latent)
-        except T3Error as error:
-            return str(error)
-        return True
+        return latent is None or verdict(find, latent)  # None comes over a link
 
     @classmethod
     def fingerprint_inputs(cls, latent) -> str:

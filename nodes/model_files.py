@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..t3.errors import T3Error
 from ..t3.weights.peft_settings import SETTINGS_FILE
+from .verdict import verdict
 
 SUFFIX = ".safetensors"  # the only one: other formats can run code when they are opened
 
@@ -41,15 +42,9 @@ def find(entry: str, *folders: str) -> Path:
     )
 
 
-def problem(entry: str | None, *folders: str) -> str | None:
-    """For `validate_inputs`: why `find` would refuse `entry`. None where it would not, or it comes over a link."""
-    if entry is None:
-        return None
-    try:
-        find(entry, *folders)
-    except T3Error as error:
-        return str(error)
-    return None
+def verdict_on(entry: str | None, *folders: str) -> bool | str:
+    """For `validate_inputs`: why `find` would refuse `entry`. True where it would not, or it comes over a link."""
+    return entry is None or verdict(find, entry, *folders)
 
 
 def state(entry: str | None, *folders: str) -> str:

@@ -12,6 +12,7 @@ from ..t3.errors import T3Error
 from ..t3.plan import EACH, PRESETS
 from ..t3.plan_facts import plan_lines
 from .types import T3PlanType
+from .verdict import verdict
 
 _RELEASED = PRESETS["wan2.1-4k"]
 
@@ -70,13 +71,7 @@ class T3Plan(io.ComfyNode):
     def validate_inputs(cls, name=None, grid=None, layers=None, plan_json="") -> bool | str:
         """What can be refused before the graph runs; a string is the reason."""
         over_a_link = plan_json is None or (not plan_json.strip() and None in (name, grid, layers))
-        if over_a_link:
-            return True
-        try:
-            read_plan(name, grid, layers, plan_json)
-        except T3Error as error:
-            return str(error)
-        return True
+        return over_a_link or verdict(read_plan, name, grid, layers, plan_json)
 
     @classmethod
     def execute(cls, name, grid, layers, plan_json="") -> io.NodeOutput:

@@ -82,7 +82,7 @@ class T3RetrofitLoader(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, file=None) -> bool | str:
         """What can be refused before the graph runs; a string is the reason."""
-        return model_files.problem(file, *FOLDERS) or True
+        return model_files.verdict_on(file, *FOLDERS)
 
     @classmethod
     def fingerprint_inputs(cls, file=None, **_) -> str:
@@ -130,13 +130,12 @@ def _plan(model, found: Identity, connected: Plan | None) -> Plan | None:
 
 def _attention(patched, plan: Plan | None, connected: bool) -> list[str]:
     """Install the plan, where there is one; what to say of it."""
+    before = patch.settings_of(patched)
     if plan is None:
-        before = patch.settings_of(patched)
         if before is not None:
             return [f"The file names no plan; T3 attention stays as it is, plan {before.plan.name}."]
         return ["The file names no plan, so attention stays as it is. Put T3 Attention behind this node."]
     # Whatever else a T3 Attention node before this one was told stays.
-    before = patch.settings_of(patched)
     settings = Settings(plan) if before is None else dataclasses.replace(before, plan=plan)
     notes = patch.install(patched, settings)
     patch.set_plan_of_weights(patched, plan)

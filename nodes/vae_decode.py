@@ -11,6 +11,7 @@ from .families import MOST_PIXELS
 from .frame_buffer import new_frames, new_images
 from .frames_video import FramesVideo
 from .host_decode import Decode
+from .verdict import verdict
 
 _LEAST_TILE = 16  # pixels: one latent of Wan2.2
 _INSTEAD_OF_IMAGES = (
@@ -43,7 +44,7 @@ class T3VAEDecode(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, crop=None, tile_size=None) -> bool | str:
         """What can be refused before the graph runs; a string is the reason."""
-        return _problem(crop, tile_size)
+        return verdict(_check, crop, tile_size)
 
     @classmethod
     def execute(cls, samples, vae, crop=0, tile_size=0) -> io.NodeOutput:
@@ -104,7 +105,7 @@ class T3VAEDecodeToVideo(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, fps=None, bit_depth=None, crop=None, tile_size=None) -> bool | str:
         """What can be refused before the graph runs; a string is the reason."""
-        return _problem(crop, tile_size, fps, bit_depth)
+        return verdict(_check, crop, tile_size, fps, bit_depth)
 
     @classmethod
     def execute(cls, samples, vae, fps, bit_depth=8, crop=0, tile_size=0, audio=None) -> io.NodeOutput:
@@ -159,16 +160,8 @@ def report_output() -> io.Output:
     return io.String.Output("REPORT", display_name="report", tooltip="Size, tiles and seconds, and what went amiss.")
 
 
-def _problem(crop, tile_size, fps=None, bit_depth=None) -> bool | str:
-    """For `validate_inputs`: True, or what is wrong with the widgets. None stands for what comes over a link."""
-    try:
-        _check(crop, tile_size, fps, bit_depth)
-    except T3Error as error:
-        return str(error)
-    return True
-
-
 def _check(crop, tile_size, fps=None, bit_depth=None) -> None:
+    """Raise `T3Error` for widgets that cannot be meant. None stands for what comes over a link."""
     if crop is not None and (crop < 0 or crop > MOST_PIXELS or crop % 2):
         nearest = min(max(crop // 2 * 2, 0), MOST_PIXELS)
         raise T3Error(f"crop is {crop}; it is 0 or an even number of rows up to {MOST_PIXELS}. Nearest: {nearest}.")

@@ -13,6 +13,7 @@ from ..t3.plan import VIDEO_FRAMES_PER_LATENT
 from .families import MOST_FRAMES
 from .host_encode import Encode
 from .vae_decode import check_tile_size, report_output, tile_size_input
+from .verdict import verdict
 
 _FORMATS = {"Wan2.1": comfy.latent_formats.Wan21, "Wan2.2": comfy.latent_formats.Wan22}
 
@@ -69,11 +70,7 @@ class T3VAEEncode(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, length=None, tile_size=None) -> bool | str:
         """What can be refused before the graph runs; a string is the reason. None stands for what comes over a link."""
-        try:
-            _check(length, tile_size)
-        except T3Error as error:
-            return str(error)
-        return True
+        return verdict(_check, length, tile_size)
 
     @classmethod
     def execute(cls, pixels, vae, length=1, tile_size=0) -> io.NodeOutput:

@@ -81,8 +81,7 @@ class WanDecoder(nn.Module):
         """
         whole = Window.whole(*latent.shape[2:])
         x = Sum(self.post_quant.pointwise(latent.contiguous(memory_format=layout(latent.device))), whole)
-        x.write(self.first.place(past, x))
-        x = self.first(past, x, whole)
+        x = self.first(x, past, whole)
         x = self.middle_before(x, past, whole)
         x = self.middle_attention(x, memory)
         return self.middle_after(x, past, whole).value()
@@ -112,8 +111,7 @@ class WanDecoder(nn.Module):
                 del frames
                 continue
             (last,) = frames
-            self.head_norm(last, self.head.place(past, last))
-            yield self._unpatchify(self.head(past, last, output).value())
+            yield self._unpatchify(self.head(last, past, output, self.head_norm).value())
             del last, frames
 
     def _unpatchify(self, y: torch.Tensor) -> torch.Tensor:

@@ -77,8 +77,7 @@ class WanEncoder(nn.Module):
         """
         picture = Sum(self._patchify(frame), windows.pixels)
         del frame
-        picture.write(self.first.place(past, picture))
-        x: Sum = self.first(past, picture, windows.levels[0][0])
+        x: Sum = self.first(picture, past, windows.levels[0][0])
         for i, (level, have) in enumerate(zip(self.levels, windows.levels, strict=True)):
             need = windows.levels[i + 1][0] if i + 1 < len(windows.levels) else have[-1]
             result = level(x, past, have, need)
@@ -97,8 +96,7 @@ class WanEncoder(nn.Module):
         del x
         y = self.middle_attention(y, memory)
         y = self.middle_after(y, past, whole)
-        self.head_norm(y, self.head.place(past, y))
-        return self.quant.pointwise(self.head(past, y, whole).value()).chunk(2, dim=1)[0]
+        return self.quant.pointwise(self.head(y, past, whole, self.head_norm).value()).chunk(2, dim=1)[0]
 
     def _patchify(self, frame: torch.Tensor) -> torch.Tensor:
         """`patch` x `patch` pixels to channels (colour, column, row)."""

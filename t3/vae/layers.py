@@ -38,41 +38,45 @@ class Conv(nn.Module):
         self.weight = _parameter(weight.contiguous(memory_format=layout(weight.device)))
         self.bias = _parameter(state[f"{name}.bias"])
 
-    def place(self, past: Past, like: Sum) -> torch.Tensor:
-        """Where the frame `like` shall be written for this convolution to look at."""
-        return past.place(self, self.depth, like)
+    def forward(self, x: Sum, past: Past, need: Window, norm: Norm | None = None, keep: bool = False) -> Sum:
+        """The convolution of `x`, or of its norm, and the frames before it; gives `need`.
 
-    def forward(self, past: Past, like: Sum, need: Window) -> Sum:
-        """The convolution of the frame written last, which is like `like`, and those before it; gives `need`."""
-        frames, weight, _ = self._turned(past, like)
-        have = like.window
+        keep: whether the value of `x` is wanted after that.
+        """
+        frames, weight = self._frames(x, past, norm, keep)
+        have = x.window
         rows, cols = (padding(span, self.radius) for span in (have.rows, have.cols))
         y = F.conv2d(frames, weight, None, padding=(rows, cols))
         top = need.rows.start - have.rows.start - self.radius + rows
         left = need.cols.start - have.cols.start - self.radius + cols
         return Sum(y[..., top:, left:], need, self.bias)
 
-    def in_time(self, past: Past, like: Sum, parts: int) -> list[torch.Tensor]:
+    def in_time(self, x: Sum, past: Past, parts: int) -> list[torch.Tensor]:
         """As `forward`, for a convolution over time alone: its channels in so many tensors."""
-        frames, weight, bias = self._turned(past, like)
-        return [
-            pointwise(frames, some, its_bias)
-            for some, its_bias in zip(weight.chunk(parts), bias.chunk(parts), strict=True)
-        ]
+        frames, weight = self._frames(x, past)
+        pairs = zip(weight.chunk(parts), self.bias.chunk(parts), strict=True)
+        return [pointwise(frames, some, its_bias) for some, its_bias in pairs]
 
     def pointwise(self, x: torch.Tensor) -> torch.Tensor:
         """The convolution where it is one of single pixels."""
         return pointwise(x, self.weight, self.bias)
 
-    def _turned(self, past: Past, like: Sum) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The frames it looks at, the weight with its parts for the frames in their order there, and the bias."""
-        frames, count, newest = past.frames(self, self.depth, like)
+    def _frames(
+        self, x: Sum, past: Past, norm: Norm | None = None, keep: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The frames it looks at, `x` or its norm the newest, and the weight with its parts in the frames' order."""
+        place = past.place(self, self.depth, x)
+        if norm is None:
+            x.write(place)
+        else:
+            norm(x, place, keep)
+        frames, count, newest = past.frames(self, self.depth, x)
         each = self.weight.shape[1] // self.depth
         weight = self.weight[:, (self.depth - count) * each :]
         first = (count - 1 - newest) * each
         if first:
             weight = torch.cat((weight[:, first:], weight[:, :first]), dim=1)
-        return frames, weight, self.bias
+        return frames, weight
 
 
 def pointwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -105,10 +109,8 @@ class ResidualBlock(nn.Module):
         self.shortcut = Conv(state, f"{name}.shortcut") if f"{name}.shortcut.weight" in state else None
 
     def forward(self, x: Sum, past: Past, need: Window) -> Sum:
-        self.norm1(x, self.conv1.place(past, x), keep=True)
-        y = self.conv1(past, x, need.grown(self.conv2.radius))
-        self.norm2(y, self.conv2.place(past, y))
-        y = self.conv2(past, y, need)
+        y = self.conv1(x, past, need.grown(self.conv2.radius), self.norm1, keep=True)
+        y = self.conv2(y, past, need, self.norm2)
         by = x.value() if self.shortcut is None else self.shortcut.pointwise(x.value())
         return y.plus(by[need.inside(x.window)])
 
@@ -144,11 +146,7 @@ class Upsampling(nn.Module):
 
     def forward(self, x: Sum, past: Past, need: Window) -> list[Sum]:
         # The first frame goes by: the time convolution does not see it, and begins with zeros at the second.
-        if self.time_conv is None or past.first_time(self):
-            frames = [x.value()]
-        else:
-            x.write(self.time_conv.place(past, x))
-            frames = self.time_conv.in_time(past, x, 2)
+        frames = [x.value()] if self.time_conv is None or past.first_time(self) else self.time_conv.in_time(x, past, 2)
         top, left = need.rows.start // 2 - x.window.rows.start, need.cols.start // 2 - x.window.cols.start
         doubled = Doubled(need.rows.start % 2, need.cols.start % 2)
         found = []

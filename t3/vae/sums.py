@@ -46,8 +46,8 @@ class Sum:
         return Sum(y, self.window, bias, by, doubled._replace(times=times, frame=frame))
 
     def room(self) -> torch.Tensor:
-        """A tensor to write the sum or its norm to."""
-        return empty(self.shape, self.dtype, self.device)
+        """A tensor to write the sum or its norm to, laid out as convolutions want it."""
+        return torch.empty(self.shape, dtype=self.dtype, device=self.device, memory_format=layout(self.device))
 
     def value(self) -> torch.Tensor:
         """The sum. A view of a larger tensor where nothing was to be added."""
@@ -91,11 +91,6 @@ def _conv_sum(y: torch.Tensor, *terms, **results) -> None:
         conv_sum(y, *terms, **results)
     else:
         naive.conv_sum(y, *terms, **results)
-
-
-def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Room for a picture, laid out as convolutions on this device want it."""
-    return torch.empty(shape, dtype=dtype, device=device, memory_format=layout(device))
 
 
 def layout(device: torch.device) -> torch.memory_format:

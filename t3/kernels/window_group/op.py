@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 
+from ..namespace import own_namespace
 from ..usable import triton_usable
 from . import naive
 
-# The pack and an installed t3 may both be loaded: each has its own.
-_NAME = re.sub(r"\W", "_", __name__, flags=re.ASCII)
+_OURS = own_namespace(__name__)
 
 
-@torch.library.custom_op(f"{_NAME}::window_group", mutates_args=())
+@torch.library.custom_op(f"{_OURS}::window_group", mutates_args=())
 def window_group(
     x: torch.Tensor,
     rows: list[torch.Tensor | None],

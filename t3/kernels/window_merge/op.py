@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 
+from ..namespace import own_namespace
 from ..usable import triton_usable
 from . import naive
 
-# The pack and an installed t3 may both be loaded: each has its own.
-_NAME = re.sub(r"\W", "_", __name__, flags=re.ASCII)
+_OURS = own_namespace(__name__)
 
 
-@torch.library.custom_op(f"{_NAME}::window_merge", mutates_args=())
+@torch.library.custom_op(f"{_OURS}::window_merge", mutates_args=())
 def window_merge(parts: list[torch.Tensor], rows: list[torch.Tensor | None], batch: int) -> torch.Tensor:
     """See `naive.window_merge`; by Triton where it serves. Has no gradients."""
     if not triton_usable(parts[0].device, parts[0].dtype):
