@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 from . import __version__
+from .cache import cache_folder
 
 SEED = 20_251_213
 NOTICE = (
@@ -40,11 +41,6 @@ TEXT_ENCODER = {
 }
 VAE = {"base_dim": 8, "z_dim": 16}
 SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
-
-
-def cache_folder() -> Path:
-    """Where built models are kept: `T3_CACHE`, or `.cache/t3` in the home folder."""
-    return Path(os.environ.get("T3_CACHE") or Path.home() / ".cache" / "t3")
 
 
 def embedded_folder() -> Path:

@@ -5,8 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from t3 import backends
-from t3.backends import BACKENDS, Situation, auto_order, choose, explain
+from t3.backends import BACKENDS, Situation, auto_order, choice, choose, explain, registry
 from t3.errors import T3Error
 from t3.kernels.attention.naive import dense_attention
 
@@ -55,49 +54,57 @@ def on_card(**changes):
         ("flash-attn-2", on_card(head_dim=100), "up to 256 in steps of 8, not 100"),
         ("sage", on_card(head_dim=80), "takes head sizes 64, 96, 128, not 80"),
         ("sage", on_card(needs_grad=True), "has no gradients"),
+        ("sage", on_card(windows=(1_344, 2_142)), "wrong for 2,142 keys: it needs a multiple of 64"),
+        ("sage", on_card(windows=(1_344,)), None),
+        ("flash-attn-3", on_card(card=(8, 9)), "needs compute capability 9.0, this card has 8.9"),
+        ("flash-attn-3", on_card(card=(10, 0)), "ends at compute capability 9.0, this card has 10.0"),
+        ("flash-attn-3", on_card(), None),
         ("flash-attn-4", on_card(), "flash_attn.cute is not installed"),
         ("sdpa-cudnn", on_card(), None),
     ],
 )
 def test_stated_constraints(monkeypatch, name, situation, words):
-    installed = {"sageattention"}
-    monkeypatch.setattr(backends, "installed", lambda package: package in installed or name == "flash-attn-2")
-    monkeypatch.setattr(backends, "_torch_allows", lambda check, s: True)
+    installed = {"sageattention", "flash_attn_interface"}
+    monkeypatch.setattr(registry, "version", lambda package: "1.0.6")
+    registry._sage_keys_multiple.cache_clear()
+    monkeypatch.setattr(registry, "installed", lambda package: package in installed or name == "flash-attn-2")
+    monkeypatch.setattr(registry, "_torch_allows", lambda check, s: True)
     reason = BACKENDS[name].refusal(situation)
+    registry._sage_keys_multiple.cache_clear()
     assert (reason is None) if words is None else (words in reason)
 
 
 def test_auto_order_by_card(monkeypatch):
-    monkeypatch.setattr(backends, "installed", lambda package: True)
-    monkeypatch.setattr(backends, "_torch_allows", lambda check, s: True)
-    choose.cache_clear()
+    monkeypatch.setattr(registry, "installed", lambda package: True)
+    monkeypatch.setattr(registry, "_torch_allows", lambda check, s: True)
+    choice._remembered.cache_clear()
     assert choose("auto", on_card())[0].name == "sdpa-cudnn"
     assert choose("auto", on_card(card=(8, 6)))[0].name == "sdpa-flash"
     backend, why = choose("auto", on_card(dtype=torch.float32))
     assert backend.name == "sdpa-efficient"
     assert "sdpa-cudnn (takes float16, bfloat16" in why
     assert choose("auto", on_card(dtype=torch.float64))[0].name == "sdpa"
-    choose.cache_clear()
+    choice._remembered.cache_clear()
     for capability in (None, (7, 5), (8, 9), (9, 0), (12, 0)):
         assert all(BACKENDS[name].exact for name in auto_order(capability))
 
 
 def test_a_number_of_keys_that_a_backend_gets_wrong_is_refused(monkeypatch):
-    monkeypatch.setattr(backends, "version", lambda package: "1.0.6")
-    backends._sage_keys_multiple.cache_clear()
+    monkeypatch.setattr(registry, "version", lambda package: "1.0.6")
+    registry._sage_keys_multiple.cache_clear()
     BACKENDS["sage"].check_keys(1_344)
     with pytest.raises(T3Error, match="'sage'.*wrong for 2,142 keys.*multiple of 64.*have 2,112"):
         BACKENDS["sage"].check_keys(2_142)
-    monkeypatch.setattr(backends, "version", lambda package: "2.2.0")
-    backends._sage_keys_multiple.cache_clear()
+    monkeypatch.setattr(registry, "version", lambda package: "2.2.0")
+    registry._sage_keys_multiple.cache_clear()
     BACKENDS["sage"].check_keys(2_142)
     BACKENDS["sdpa"].check_keys(1)
-    backends._sage_keys_multiple.cache_clear()
+    registry._sage_keys_multiple.cache_clear()
 
 
 def test_a_missing_parent_package_is_just_not_installed():
-    backends.installed.cache_clear()
-    assert not backends.installed("no_such_package_at_all.submodule")
+    registry.installed.cache_clear()
+    assert not registry.installed("no_such_package_at_all.submodule")
 
 
 @pytest.mark.parametrize("name", list(BACKENDS))

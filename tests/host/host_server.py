@@ -15,7 +15,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class HostServer:
     """ComfyUI on a free port of this machine, up while the `with` block runs.
 
     `base` holds its models, input, output and custom nodes. `packs` says how to install the pack under which folder
-    names; `models` is a folder to be linked as `base/models`.
+    names; `models` is a folder to be linked as `base/models`. `flags` are ComfyUI's own; `tree` is its checkout.
     """
 
     def __init__(
@@ -44,8 +44,10 @@ class HostServer:
         packs: Mapping[str, Callable[[Path], object]] | None = None,
         models: Path | None = None,
         start_limit: float = 120,
+        flags: Sequence[str] = ("--cpu",),
+        tree: Path = COMFYUI,
     ) -> None:
-        self.base, self.start_limit = base, start_limit
+        self.base, self.start_limit, self.flags, self.tree = base, start_limit, flags, tree
         self.process: subprocess.Popen | None = None
         self.log_file = base / "server.log"
         for name in ("custom_nodes", "input", "output", "user/default"):
@@ -67,10 +69,11 @@ class HostServer:
             "--base-directory": str(self.base),
             "--database-url": "sqlite:///:memory:",
         }
-        command = [sys.executable, str(COMFYUI / "main.py"), "--cpu", "--disable-api-nodes"]
+        command = [sys.executable, str(self.tree / "main.py"), *self.flags, "--disable-api-nodes"]
         command += [word for pair in options.items() for word in pair]
         # The pack's tests put the checkout on the path; a user's ComfyUI does not have it there.
-        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and Path(path) != ROOT]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
         with open(self.log_file, "wb") as log:
             self.process = subprocess.Popen(
                 command,

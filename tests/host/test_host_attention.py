@@ -70,7 +70,7 @@ def test_sageattention_1_is_passed_over_where_it_is_wrong(pack, monkeypatch, cal
     from comfy.cli_args import args
 
     module = sys.modules[f"{pack.__name__}.nodes.host_attention"]
-    backends = sys.modules[f"{pack.__name__}.t3.backends"]
+    backends = sys.modules[f"{pack.__name__}.t3.backends.registry"]
     monkeypatch.setattr(args, "use_sage_attention", True)
     monkeypatch.setattr(module, "installed", lambda package: True)
     monkeypatch.setattr(backends, "version", lambda package: "1.0.6")

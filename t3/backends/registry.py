@@ -1,8 +1,4 @@
-"""What computes dense attention inside a window: a registry of backends that state what they can do.
-
-`choose` picks one for given tensors and says why; `explain` says it for every backend. `python -m t3.backends` prints
-that table for this machine. A chosen backend that fails later is an error: nothing here falls back in silence.
-"""
+"""The backends, and what each of them states that it can do."""
 
 from __future__ import annotations
 
@@ -15,7 +11,7 @@ from importlib.util import find_spec
 import torch
 import torch.nn.functional as F
 
-from .errors import T3Error
+from ..errors import T3Error
 
 HALF = (torch.float16, torch.bfloat16)
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
@@ -23,12 +19,17 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tenso
 
 @dataclass(frozen=True)
 class Situation:
-    """What a backend's legality depends on."""
+    """What a backend's legality, and its speed, depend on.
+
+    windows: lengths, in tokens, of the windows to be attended (of the keys that a query meets), one for each layer or
+    class of windows; () where they are not known.
+    """
 
     device: torch.device
     dtype: torch.dtype
     head_dim: int
     needs_grad: bool = False
+    windows: tuple[int, ...] = ()
 
     @property
     def capability(self) -> tuple[int, int] | None:
@@ -36,6 +37,11 @@ class Situation:
         if self.device.type != "cuda" or torch.version.hip:
             return None
         return torch.cuda.get_device_capability(self.device)
+
+    @property
+    def card(self) -> str:
+        """The card's own name for itself."""
+        return torch.cuda.get_device_name(self.device)
 
     def __str__(self) -> str:
         grad = ", with gradients" if self.needs_grad else ""
@@ -48,7 +54,9 @@ class Backend:
 
     `attend(q, k, v, scale)` takes `[B, N, heads, head_dim]` for q and `[B, M, heads, head_dim]` for k and v, any
     strides whose last is 1, and returns q's shape. It must not write to its inputs.
+    `package`: what must be importable; `distribution`: the name under which it is installed.
     `exact`: computes in the inputs' precision (no 8-bit steps); only such backends are picked by `auto`.
+    `slow_start`: compiles for seconds when it is first used, which tuning does not wait for.
     `scores`: builds the whole score matrix, so that its memory grows with the square of the window.
     `keys_multiple`: a function that gives the number that the number of keys must be a multiple of.
     """
@@ -61,8 +69,11 @@ class Backend:
     head_dims: tuple[int, ...] | None = None
     max_head_dim: int | None = None
     min_capability: tuple[int, int] | None = None
+    max_capability: tuple[int, int] | None = None
     package: str | None = None
+    distribution: str | None = None
     exact: bool = True
+    slow_start: bool = False
     differentiable: bool = True
     scores: bool = False
     torch_check: str | None = None
@@ -70,12 +81,19 @@ class Backend:
 
     def check_keys(self, keys: int) -> None:
         """Raise `T3Error` if this backend gives wrong results for so many keys."""
-        multiple = self.keys_multiple() if self.keys_multiple else 1
-        if keys % multiple:
+        if self._wrong_for(keys):
+            multiple = self._multiple
             raise T3Error(
                 f"attention backend {self.name!r}, as installed, is wrong for {keys:,} keys: it needs a multiple of "
                 f"{multiple}. Use another backend, or a plan whose windows have {round(keys / multiple) * multiple:,}."
             )
+
+    @property
+    def _multiple(self) -> int:
+        return self.keys_multiple() if self.keys_multiple else 1
+
+    def _wrong_for(self, keys: int) -> bool:
+        return bool(keys % self._multiple)
 
     def refusal(self, s: Situation) -> str | None:
         """Why this backend cannot serve `s`, or None if it can."""
@@ -88,6 +106,8 @@ class Backend:
                 return "needs an NVIDIA card"
             if s.capability < self.min_capability:
                 return f"needs compute capability {_dot(self.min_capability)}, this card has {_dot(s.capability)}"
+            if self.max_capability and s.capability > self.max_capability:
+                return f"ends at compute capability {_dot(self.max_capability)}, this card has {_dot(s.capability)}"
         if self.dtypes and s.dtype not in self.dtypes:
             return f"takes {', '.join(str(d).removeprefix('torch.') for d in self.dtypes)}, not {s.dtype}"
         if self.head_dims and s.head_dim not in self.head_dims:
@@ -96,6 +116,8 @@ class Backend:
             return f"takes head sizes up to {self.max_head_dim} in steps of 8, not {s.head_dim}"
         if s.needs_grad and not self.differentiable:
             return "has no gradients"
+        if wrong := next((n for n in s.windows if self._wrong_for(n)), None):
+            return f"as installed, is wrong for {wrong:,} keys: it needs a multiple of {self._multiple}"
         if self.torch_check and not _torch_allows(self.torch_check, s):
             return "this build of torch refuses these tensors for it"
         return None
@@ -142,10 +164,20 @@ def _flash_attn_2(q, k, v, scale):
     return flash_attn_func(q, k, v, softmax_scale=scale)
 
 
+def _flash_attn_3(q, k, v, scale):
+    from flash_attn_interface import flash_attn_func
+
+    return _first(flash_attn_func(q, k, v, softmax_scale=scale))
+
+
 def _flash_attn_4(q, k, v, scale):
     from flash_attn.cute import flash_attn_func
 
-    out = flash_attn_func(q, k, v, softmax_scale=scale)
+    return _first(flash_attn_func(q, k, v, softmax_scale=scale))
+
+
+def _first(out):
+    """Some versions also return the log-sum-exp."""
     return out[0] if isinstance(out, tuple) else out
 
 
@@ -209,6 +241,19 @@ BACKENDS = {
             dtypes=HALF,
             max_head_dim=256,
             package="flash_attn.flash_attn_interface",
+            distribution="flash-attn",
+        ),
+        Backend(
+            "flash-attn-3",
+            "the flash-attn-3 package, for Hopper (not tried by us)",
+            _flash_attn_3,
+            devices=("cuda",),
+            dtypes=HALF,
+            max_head_dim=256,
+            min_capability=(9, 0),
+            max_capability=(9, 0),
+            package="flash_attn_interface",
+            distribution="flash-attn-3",
         ),
         Backend(
             "flash-attn-4",
@@ -219,6 +264,8 @@ BACKENDS = {
             max_head_dim=128,
             min_capability=(8, 0),
             package="flash_attn.cute",
+            distribution="flash-attn-4",
+            slow_start=True,
         ),
         Backend(
             "sage",
@@ -229,6 +276,7 @@ BACKENDS = {
             head_dims=(64, 96, 128),
             min_capability=(8, 0),
             package="sageattention",
+            distribution="sageattention",
             exact=False,
             differentiable=False,
             keys_multiple=_sage_keys_multiple,
@@ -242,62 +290,9 @@ BACKENDS = {
             max_head_dim=256,
             min_capability=(7, 5),
             package="comfy_kitchen.sage_attention",
+            distribution="comfy-kitchen",
             exact=False,
             differentiable=False,
         ),
     )
 }
-
-
-def auto_order(capability: tuple[int, int] | None) -> tuple[str, ...]:
-    """Exact backends, fastest first. cuDNN leads from Hopper on, where it is 1.6 times as fast as FlashAttention-2."""
-    if capability is None:
-        return ("sdpa",)
-    flash = ("sdpa-flash", "flash-attn-2")
-    ranked = ("sdpa-cudnn", "flash-attn-4", *flash) if capability >= (9, 0) else (*flash, "sdpa-cudnn")
-    return (*ranked, "sdpa-efficient", "sdpa")
-
-
-@lru_cache(maxsize=256)
-def choose(name: str, situation: Situation) -> tuple[Backend, str]:
-    """The backend called `name` (or the best, for `"auto"`) for these tensors, and why.
-
-    Raises `T3Error` for an unknown name or a backend that cannot serve them.
-    """
-    if name != "auto":
-        backend = BACKENDS.get(name)
-        if backend is None:
-            raise T3Error(f"unknown attention backend {name!r}; known are auto, {', '.join(BACKENDS)}.")
-        if reason := backend.refusal(situation):
-            legal = [b.name for b in BACKENDS.values() if b.refusal(situation) is None]
-            raise T3Error(
-                f"attention backend {name!r} cannot be used for {situation}: {reason}. Usable here: {', '.join(legal)}."
-            )
-        return backend, f"{name}, as asked"
-    passed: list[str] = []
-    for candidate in auto_order(situation.capability):
-        backend = BACKENDS[candidate]
-        reason = backend.refusal(situation)
-        if reason is None:
-            because = f"; passed over {'; '.join(passed)}" if passed else ""
-            return backend, f"{candidate}: the fastest exact one for {situation}{because}"
-        passed.append(f"{candidate} ({reason})")
-    raise AssertionError("sdpa serves every situation")
-
-
-def explain(situation: Situation) -> dict[str, str]:
-    """For every backend, `"usable"` or the reason why it is not."""
-    return {name: backend.refusal(situation) or "usable" for name, backend in BACKENDS.items()}
-
-
-def main() -> None:
-    """Print which backends this machine can use, and which one `auto` takes."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    situation = Situation(device, torch.bfloat16, 128)
-    for name, verdict in explain(situation).items():
-        print(f"{name:20} {verdict:60} {BACKENDS[name].about}")
-    print("auto takes", choose("auto", situation)[1])
-
-
-if __name__ == "__main__":
-    main()
