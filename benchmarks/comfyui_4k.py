@@ -1,10 +1,12 @@
 """Time T3 Attention in ComfyUI at 4K: its own model, loader, sampler and patcher, random weights of the real sizes.
 
     python benchmarks/comfyui_4k.py --models 1.3b 5b --out results.json
+    python benchmarks/comfyui_4k.py --only "guidance, memory" --cap 16
 
 Needs a GPU and ComfyUI, from `python tests/host/install.py` or elsewhere (`--comfyui FOLDER`). Speed and memory do not
 depend on what the weights are. Forward passes are timed by the host's step callback, between two synchronisations of
-the card; a row gives the first (which loads, warms up or compiles) and the median of the others.
+the card; a row gives the first (which loads, warms up or compiles) and the median of the others. Peaks are of all that
+torch has allocated, weights included. `--cap` allows the process so many GiB of the card.
 """
 
 from __future__ import annotations
@@ -12,30 +14,38 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import statistics
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests/host"))
+# As the host's own start does. It decides what fits beside what: torch's other allocator leaves holes.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "backend:cudaMallocAsync")
 
+import decode_4k
 import host_comfy
 import torch
 
 MODELS = {
     "1.3b": {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30, "in_dim": 16, "out_dim": 16},
     "5b": {"dim": 3072, "ffn_dim": 14336, "num_heads": 24, "num_layers": 30, "in_dim": 48, "out_dim": 48},
+    "14b-fp8": {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40, "in_dim": 16, "out_dim": 16},
 }
-LATENTS = {"1.3b": (1, 16, 21, 272, 480), "5b": (1, 48, 21, 136, 240)}
+LATENTS = {"1.3b": (1, 16, 21, 272, 480), "5b": (1, 48, 21, 136, 240), "14b-fp8": (1, 16, 21, 272, 480)}
+VAES = {"1.3b": "2.1", "5b": "2.2", "14b-fp8": "2.1"}
 TINY = {"dim": 256, "ffn_dim": 256, "num_heads": 2, "num_layers": 5}
 TINY_LATENT = (6, 34, 60)
 
 
-def write_weights(path: Path, sizes: dict) -> None:
-    """A diffusion model file in the published layout, bfloat16, random."""
+def write_weights(path: Path, sizes: dict, matrices: torch.dtype = torch.bfloat16) -> None:
+    """A diffusion model file in the published layout, random; bfloat16, and the blocks' matrices as told."""
     import comfy.ldm.wan.model
     import comfy.memory_management
     import comfy.ops
@@ -51,7 +61,8 @@ def write_weights(path: Path, sizes: dict) -> None:
     for name, parameter in model.state_dict().items():
         scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 and "modulation" not in name else 0.2
         noise = torch.randn(parameter.shape, device=device) * scale
-        state[name] = (noise + (1.0 if "norm" in name else 0.0)).to(torch.bfloat16).cpu()
+        dtype = matrices if name.startswith("blocks.") and parameter.ndim == 2 else torch.bfloat16
+        state[name] = (noise + (1.0 if "norm" in name else 0.0)).to(dtype).cpu()
     save_file(state, path)
 
 
@@ -135,7 +146,36 @@ def pass_through(model):
     return model
 
 
-def measure(pack, name: str, tiny: bool, only: list[str]) -> dict:
+def sample_and_decode(pack, patcher, latent, vae: str, tiny: bool) -> dict:
+    """Two steps with guidance, then T3 VAE Decode to Video, as one graph would run them; peaks of both."""
+    import comfy.model_management
+    import comfy.sample
+
+    torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    empty = torch.zeros(latent)
+    noise = comfy.sample.prepare_noise(empty, 1)
+    samples = comfy.sample.sample(patcher, noise, 2, 5.0, "euler", "simple", *text_conds(), empty, seed=1)
+    sampled, peak = time.perf_counter() - started, torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    # The host moves the diffusion model out of the way as its loader asks for room.
+    decoder = decode_4k.host_vae(decode_4k.weights(vae, tiny and vae == "2.1"), torch.bfloat16)
+    with tempfile.TemporaryDirectory() as folder:
+        video, report = pack.nodes.vae_decode.T3VAEDecodeToVideo.execute({"samples": samples}, decoder, 30.0).result
+        video.save_to(str(Path(folder) / "clip.mp4"))
+        size = (Path(folder) / "clip.mp4").stat().st_size
+    return {
+        "sample_s": round(sampled, 1),
+        "decode_and_save_s": round(time.perf_counter() - started - sampled, 1),
+        "sample_peak_gib": round(peak / 2**30, 2),
+        "decode_peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "video_bytes": size,
+        "report": report,
+    }
+
+
+def measure(pack, name: str, tiny: bool, only: list[str], layers: int | None, keep: Callable[[dict], None]) -> None:
+    """`keep` gets all rows so far after each."""
     import comfy.sd
     from comfy_extras.nodes_torch_compile import TorchCompileModel
 
@@ -143,15 +183,22 @@ def measure(pack, name: str, tiny: bool, only: list[str]) -> dict:
     if tiny:
         sizes.update(TINY)
         latent = (*latent[:2], *TINY_LATENT)
+    if layers:
+        sizes["num_layers"] = layers
 
     def t3(model, **changes):
         inputs = {"plan": "auto", "backend": "auto", "memory": "auto", "start_percent": 0.0, "end_percent": 1.0}
         inputs |= {"dense_blocks": "", "verbose": True, **changes}
         return pack.nodes.attention.T3Attention.execute(model, **inputs).result[0]
 
+    def by_way(model, way):
+        """One way that blocks may share out their work, whatever is free."""
+        with mock.patch.object(pack.nodes.estimate, "ways", lambda model: [way]):
+            return sample(t3(model, memory="fast"), latent, 3, 1.0)
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
-        write_weights(path, sizes)
+        write_weights(path, sizes, torch.float8_e4m3fn if name.endswith("fp8") else torch.bfloat16)
 
         def load(dtype=None):
             return comfy.sd.load_diffusion_model(str(path), model_options={"dtype": dtype} if dtype else {})
@@ -160,14 +207,20 @@ def measure(pack, name: str, tiny: bool, only: list[str]) -> dict:
         patched = t3(model)
         rows = {"weights_gib": round(path.stat().st_size / 2**30, 2), "patcher": type(model).__name__}
         estimating = pack.nodes.estimate
-        rows["estimate_gib"] = {
-            "host": round(model.model.memory_required(latent) / 2**30, 1),
-            "T3": round(estimating.memory_required(model.model, latent) / 2**30, 1),
+        rows["estimate_gib"] = {"host": round(model.model.memory_required(latent) / 2**30, 1)} | {
+            str(way): round(estimating.memory_required(model.model, latent, None, way) / 2**30, 1)
+            for way in estimating.ways(model.model.diffusion_model)
         }
         runs = {
             "one forward a step (cfg 1)": lambda: sample(patched, latent, 4, 1.0),
             "guidance (cfg 5)": lambda: sample(patched, latent, 3, 5.0),
+            "memory fast": lambda: sample(t3(model, memory="fast"), latent, 3, 1.0),
             "memory lean": lambda: sample(t3(model, memory="lean"), latent, 3, 1.0),
+            **{f"{way}": lambda way=way: by_way(model, way) for way in estimating.ways(model.model.diffusion_model)},
+            "guidance, memory fast": lambda: sample(t3(model, memory="fast"), latent, 2, 5.0),
+            "guidance, memory lean": lambda: sample(t3(model, memory="lean"), latent, 2, 5.0),
+            "guidance, memory auto": lambda: sample(t3(model), latent, 2, 5.0),
+            "sampling, decode": lambda: sample_and_decode(pack, patched, latent, VAES[name], tiny),
             "the host's attention in windows": lambda: sample(t3(pass_through(model)), latent, 3, 1.0),
             "one block of all dense": lambda: sample(t3(model, dense_blocks="1"), latent, 2, 1.0),
             "weights in fp8": lambda: sample(t3(load(torch.float8_e4m3fn)), latent, 3, 1.0),
@@ -182,7 +235,7 @@ def measure(pack, name: str, tiny: bool, only: list[str]) -> dict:
             except Exception as error:
                 rows[label] = f"failed: {type(error).__name__}: {error}"
             print(name, label, json.dumps(rows[label]), flush=True)
-        return rows
+            keep(rows)
 
 
 def enable_dynamic_vram() -> bool:
@@ -222,6 +275,8 @@ def main() -> None:
     parser.add_argument("--comfyui", type=Path, default=host_comfy.COMFYUI)
     parser.add_argument("--dynamic-vram", action="store_true", help="as the host starts on NVIDIA cards")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try the script")
+    parser.add_argument("--layers", type=int, help="fewer layers than the model has; the estimate of time is yours")
+    parser.add_argument("--cap", type=float, metavar="GIB", help="of the card's memory, what this process may take")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="rows whose name has one of these words")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -231,12 +286,23 @@ def main() -> None:
 
         comfy_aimdo.control.init()  # before anything touches the card
     pack = host_comfy.load(options.comfyui.resolve(), cpu=False)
-    results = {"machine": machine(), "dynamic_vram": options.dynamic_vram and enable_dynamic_vram()}
+    if options.cap:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, options.cap * 2**30 / total))
+    results = {
+        "cap_gib": options.cap,
+        "machine": machine(),
+        "dynamic_vram": options.dynamic_vram and enable_dynamic_vram(),
+    }
     with torch.inference_mode():
         for name in options.models:
-            results[name] = measure(pack, name, options.tiny, options.only)
-            if options.out:
-                options.out.write_text(json.dumps(results, indent=1) + "\n")
+
+            def keep(rows: dict, name=name) -> None:
+                results[name] = rows
+                if options.out:
+                    options.out.write_text(json.dumps(results, indent=1) + "\n")
+
+            measure(pack, name, options.tiny, options.only, options.layers, keep)
 
 
 if __name__ == "__main__":

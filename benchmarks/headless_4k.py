@@ -44,13 +44,13 @@ SAMPLING = {
         "dtype fp8": ["--dtype", "fp8"],
         "offload model": ["--offload", "model"],
         "offload group": ["--offload", "group"],
-        "attention-memory 2": ["--attention-memory", "2"],
+        "memory lean": ["--memory", "lean"],
     },
     "5b": {
         "as it comes": [],
         "compile": ["--compile"],
         "offload group": ["--offload", "group"],
-        "attention-memory 2": ["--attention-memory", "2"],
+        "memory lean": ["--memory", "lean"],
     },
     "14b": {"as it comes": []},
 }

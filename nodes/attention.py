@@ -7,11 +7,12 @@ import re
 from comfy_api.latest import io
 
 from ..t3 import Plan
-from ..t3.backends import BACKENDS, Situation, choose
+from ..t3.backends import AUTO, AUTO_INT8, BACKENDS, Situation, choose
 from ..t3.errors import T3Error
+from ..t3.memory import MODES
 from ..t3.plan import PRESETS
 from . import wan
-from .forward_pass import AUTO, FAST, LEAN, Settings
+from .forward_pass import Settings
 from .host_attention import chosen_by_user
 from .patch import install, plan_of_weights
 from .types import T3PlanType
@@ -44,19 +45,20 @@ class T3Attention(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "backend",
-                    options=["auto", *BACKENDS],
+                    options=[AUTO, AUTO_INT8, *BACKENDS],
                     default="auto",
                     tooltip="What computes attention inside a window. auto: the attention you chose by another node or "
-                    "a launch flag; where you chose none, the fastest exact one for your card. "
+                    "a launch flag; where you chose none, the fastest exact one for your card. auto-int8: the "
+                    "fastest measured on your card, 8-bit ones included. "
                     f"Not exact, in 8 bits: {', '.join(b.name for b in BACKENDS.values() if not b.exact)}.",
                     advanced=True,
                 ),
                 io.Combo.Input(
                     "memory",
-                    options=[AUTO, FAST, LEAN],
-                    default=AUTO,
-                    tooltip="lean works in groups of windows and heads, with the same result in less memory. auto is "
-                    "lean where memory is short.",
+                    options=list(MODES),
+                    default=MODES[0],
+                    tooltip="fast attends all heads at once; lean takes few at a time, for the same result in much "
+                    "less memory, slower. auto takes the fastest way that fits the free memory, and says which.",
                     advanced=True,
                 ),
                 io.Float.Input(

@@ -11,51 +11,93 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ..t3.cost import ModelShape, activation_bytes
+import comfy.model_management
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from ..t3.device_memory import allowed_bytes
+from ..t3.memory import BlockShape, Share, block_bytes, pick, plain_block_bytes, shares
+from . import wan
+from .lend import in_parts
 
 # A little more than counted: what is measured lies 2 to 4 % above (benchmarks/README.md), and allocators round up.
 MARGIN = 1.1
 # From so many tokens on a card is busy with one sample; batching condition and negative would only double the memory.
 ONE_AT_A_TIME = 32_768
+# float32 tensors of the latents' size that a sampler and the host hold around a forward pass: noise, latents, the
+# sample, its copy for the model, results and counts of condition and negative, and the last step's.
+AROUND = 10
+# Of a card, what a model and its forward passes may take between them: drivers, other programs and torch have the rest.
+OF_CARD = 0.92
 
 
-def model_shape(model) -> ModelShape:
-    """The sizes of a Wan diffusion model of the host that its cost depends on."""
-    return ModelShape(
-        layers=len(model.blocks),
-        dim=model.dim,
-        ffn_dim=model.ffn_dim,
-        heads=model.num_heads,
-        in_channels=model.in_dim,
-        out_channels=model.out_dim,
-        text_dim=model.text_dim,
-        text_tokens=model.text_len,
-        patch=tuple(model.patch_size),
-    )
+def block_shape(model, tokens: int, batch: int, element: int) -> BlockShape:
+    """What the memory of a block of the host's diffusion model depends on."""
+    return BlockShape(model.dim, model.ffn_dim, model.num_heads, batch, tokens, element)
 
 
-def memory_required(base: Any, shape: Sequence[int], cond_shapes: dict[str, list] | None = None) -> float:
+def ways(model) -> list[Share]:
+    """How this model's blocks may share out their work, from fast to lean."""
+    return shares(model.num_heads, all(in_parts(block.self_attn) for block in model.blocks))
+
+
+def pass_bytes(model, shape: BlockShape, share: Share, compiled: bool = False) -> int:
+    """Bytes one forward pass takes at its peak beyond weights and latents.
+
+    A block, which runs whole where it is compiled or of another kind than we know; or the ends of the model: tokens
+    embedded in float32 and cast, or the head's norm and modulation. The float32 rotations, four for each pair of
+    channels, live throughout; for VACE so do its own stream and the first tokens.
+    """
+    whole = compiled or not wan.blocks(model)
+    block = plain_block_bytes(shape) if whole else block_bytes(shape, share)
+    rotations = shape.tokens * (shape.dim // shape.heads // 2) * 4 * 4
+    embedded = shape.tensor + shape.tensor // shape.element * 4
+    beside = 2 * shape.tensor if getattr(model, "vace_layers_mapping", None) else 0
+    return rotations + beside + max(block, embedded, 3 * shape.tensor)
+
+
+def memory_required(
+    base: Any,
+    shape: Sequence[int],
+    cond_shapes: dict[str, list] | None = None,
+    share: Share | None = None,
+    compiled: bool = False,
+) -> float:
     """Bytes one forward pass of `base` (a host `BaseModel`) needs under T3 on latents of `shape` `[B, C, T, H, W]`.
 
-    Arguments as those of `BaseModel.memory_required`, and never more than that says.
+    Arguments as those of `BaseModel.memory_required`, and never more than that says; `share`: the fastest if None.
     """
-    model = base.diffusion_model
-    sizes, cond_shapes = model_shape(model), cond_shapes or {}
-    patch = math.prod(sizes.patch)
+    model, cond_shapes = base.diffusion_model, cond_shapes or {}
+    model = getattr(model, "_orig_mod", model)
     beside = sum(math.prod(s[2:]) for name in base.memory_usage_factor_conds for s in cond_shapes.get(name) or ())
-    tokens = int((math.prod(shape[2:]) + beside) / patch)
-    ours = activation_bytes(sizes, tokens, batch=shape[0], element=base.get_dtype_inference().itemsize)
-    return min(ours * MARGIN, base.memory_required(shape, cond_shapes=cond_shapes))
+    tokens = int((math.prod(shape[2:]) + beside) / math.prod(model.patch_size))
+    block = block_shape(model, tokens, shape[0], base.get_dtype_inference().itemsize)
+    ours = pass_bytes(model, block, share or Share(), compiled) * MARGIN + AROUND * math.prod(shape) * 4
+    return min(ours, base.memory_required(shape, cond_shapes=cond_shapes))
 
 
-def prepare_sampling(executor, model, noise_shape, conds, *args, **kwargs):
+def expected_share(mode: str, model, shape: Sequence[int], compiled: bool = False) -> Share:
+    """How a forward pass on latents of `shape` will share out its work, before the model is loaded.
+
+    mode: what the user chose, of `memory.MODES`; model: the patcher. `auto` supposes that it has the card for itself.
+    """
+    base, device = model.model, model.load_device
+    found = ways(base.diffusion_model)
+    total = comfy.model_management.get_total_memory(device)
+    room = min(total, allowed_bytes(torch.device(device)) or total) * OF_CARD - model.model_size()
+    return pick(mode, found, lambda share: memory_required(base, shape, None, share, compiled), room)[0]
+
+
+def prepare_sampling(mode: str, executor, model, noise_shape, conds, *args, **kwargs):
     """PREPARE_SAMPLING wrapper: the host decides what to offload by what T3 needs.
 
     The shape is used for nothing but the estimate, which is proportional to `T*H*W`: the width is scaled down. Time is
     left for context windows to cut.
     """
     base = model.model
-    scale = memory_required(base, noise_shape) / base.memory_required(noise_shape)
+    compiled = "torch.compile" in model.wrappers.get(WrappersMP.APPLY_MODEL, {})
+    share = expected_share(mode, model, noise_shape, compiled)
+    scale = memory_required(base, noise_shape, None, share, compiled) / base.memory_required(noise_shape)
     *others, width = noise_shape
     return executor(model, [*others, max(1, math.ceil(width * scale))], conds, *args, **kwargs)
 

@@ -7,23 +7,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management
 import torch
 
 from ..t3 import Grid, Partition, Plan
-from ..t3.backends import Backend, Situation, choose
+from ..t3.backends import AUTO, Backend, Situation, choose
 from ..t3.cost import attention_pairs
+from ..t3.device_memory import within_limit
+from ..t3.memory import Share, pick
 from ..t3.plan import PRESETS
-from . import host_attention, wan
+from . import estimate, host_attention, wan
 
 log = logging.getLogger("T3")
-AUTO, FAST, LEAN = "auto", "fast", "lean"
-# Working memory of lean attention, unless one window of one head needs more.
+# Working memory of lean attention where it goes step by step, unless one window of one head needs more.
 LEAN_BYTES = 512 * 2**20
-Say = Callable[[str], None]
+Say = Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -43,24 +44,25 @@ class Settings:
 class ForwardPass:
     """Layout of the tokens; for every layer its partition, or None where it runs dense; what attends inside windows.
 
-    `backend` None: the host's own attention, which the user chose. `memory`: bytes attention may work in, or None.
+    `backend` None: the host's own attention, which the user chose. `share`: how blocks share out their work. `memory`:
+    bytes attention may work in where it goes step by step, or None.
     """
 
     layout: wan.Layout
     partitions: tuple[Partition | None, ...]
     backend: Backend | None
+    share: Share
     memory: int | None
 
     def describe(self) -> str:
-        """One line: grid, tokens beside it, windows of each distinct layer, backend, bound on memory."""
+        """One line: grid, tokens beside it, windows of each distinct layer, backend, how work is shared out."""
         grid = self.layout.grid
         windows = "; ".join(
             "dense" if p is None else f"{_times(p)} windows of up to {_longest(p, grid):,}"
             for p in dict.fromkeys(self.partitions)
         )
         by = "the host's attention" if self.backend is None else self.backend.name
-        bound = "" if self.memory is None else f", within {self.memory / 2**20:,.0f} MiB"
-        return f"grid {_times(grid)} = {grid.tokens:,} tokens; {windows}; by {by}{bound}."
+        return f"grid {_times(grid)} = {grid.tokens:,} tokens; {windows}; by {by}; {self.share}."
 
 
 def plan_forward_pass(
@@ -84,8 +86,9 @@ def plan_forward_pass(
         return None
     situation = Situation(x.device, base.get_dtype_inference(), wan.head_size(model))
     backend = _backend(settings, options, situation, layout, windowed, say)
-    memory = _memory(settings, model, layout, x, situation.dtype, windowed)
-    found = ForwardPass(layout, partitions, backend, memory)
+    share = _share(settings, base, model, layout, x, situation.dtype, say)
+    memory = None if share.heads is None else _memory(model, layout, x, situation.dtype, windowed)
+    found = ForwardPass(layout, partitions, backend, share, memory)
     _tell_global_tokens(layout, windowed, say)
     if settings.verbose:
         say(found.describe())
@@ -121,26 +124,37 @@ def _backend(
             say(f"attention inside windows is the one chosen by {how}.")
             return None
         say(f"{wrong} Another backend does the work instead.")
-    backend, why = choose(settings.backend, situation)
+    backend, why = choose(settings.backend, replace(situation, windows=tuple(keys)))
     log.debug("T3 Attention: %s", why)
     for count in keys:
         backend.check_keys(count)
     return backend
 
 
-def _memory(
-    settings: Settings, model, layout: wan.Layout, x: torch.Tensor, dtype: torch.dtype, partitions: list[Partition]
-) -> int | None:
-    """Bytes that attention may work in, or None for as many as it likes."""
+def _share(
+    settings: Settings, base: Any, model, layout: wan.Layout, x: torch.Tensor, dtype: torch.dtype, say: Say
+) -> Share:
+    """How blocks share out their work in the memory that is free now; says which and why where it matters."""
+    tokens = layout.grid.tokens + layout.prefix + (layout.suffix or 0)
+    shape = estimate.block_shape(model, tokens, x.shape[0], dtype.itemsize)
+    compiled = model is not base.diffusion_model
+
+    def needed(share: Share) -> float:
+        return estimate.pass_bytes(model, shape, share, compiled) * estimate.MARGIN
+
+    ways = estimate.ways(model)
+    free = within_limit(comfy.model_management.get_free_memory(x.device), x.device)
+    # Compiled blocks run whole: only what each window works in can be bounded.
+    share, why = pick(settings.memory, [ways[0], ways[-1]] if compiled else ways, needed, free)
+    if shape.chunk < shape.batch * shape.tokens or share != ways[0]:
+        say(f"memory: {why}", once=f"memory {settings.memory} {share} {shape}")
+    return share
+
+
+def _memory(model, layout: wan.Layout, x: torch.Tensor, dtype: torch.dtype, partitions: list[Partition]) -> int:
+    """Bytes that lean attention may work in where it goes step by step."""
     head = x.shape[0] * wan.head_size(model) * dtype.itemsize
     tokens = layout.grid.tokens + layout.prefix + (layout.suffix or 0)
-    if settings.memory == AUTO:
-        # Attention holds its input twice, q, k, v, the output and five window copies; beside the FFN that is little.
-        needed = 12 * tokens * head * model.num_heads
-        if needed < comfy.model_management.get_free_memory(x.device):
-            return None
-    elif settings.memory == FAST:
-        return None
     beside = tokens - layout.grid.tokens
     longest = max(_longest(p, layout.grid) for p in partitions)
     # What t3_attention needs at least: one window of one head, or one head of the tokens that attend everything.

@@ -1,4 +1,5 @@
-"""T3 on a ComfyUI model: object patches on the self-attention of a clone, and wrappers that tell them what runs.
+"""T3 on a ComfyUI model: object patches on the blocks of a clone and on their self-attention, and wrappers that tell
+them what runs.
 
 Each patch belongs to one module of one model: when the host clones a patched model onto fresh weights (dynamic VRAM,
 torch.compile, MultiGPU), `_rebuild` makes new patches for the new modules. What changes from call to call (grid, noise
@@ -14,18 +15,19 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import comfy.model_management
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ..t3 import Partition, Plan, t3_attention
+from ..t3.chunks import token_chunks
+from ..t3.memory import BlockShape
 from . import estimate, projections, wan
+from .block import T3Block, T3VaceBlock
 from .forward_pass import ForwardPass, Settings, plan_forward_pass
 from .host_attention import host_attention
+from .stand_in import StandIn, foreign_forward, is_ours, owner, stop_if_cancelled
 
 KEY = "T3"
-# A block of so many tokens takes long enough that a wait in between costs nothing.
-WAIT_FROM_TOKENS = 32_768
 log = logging.getLogger("T3")
 
 
@@ -38,22 +40,20 @@ class Installation:
     said: set[str] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def say(self, message: str) -> None:
-        """Log something the user should know, once."""
+    def say(self, message: str, once: str | None = None) -> None:
+        """Log something the user should know, once; `once`: what makes it the same, where its figures may differ."""
         with self._lock:
-            new = message not in self.said
-            self.said.add(message)
+            new = (once or message) not in self.said
+            self.said.add(once or message)
         if new:
             log.warning("T3 Attention: %s", message)
 
 
-class T3SelfAttention:
-    """Stands in for the host's `WanSelfAttention.forward` of one module; computes the same but for the windows."""
+class T3SelfAttention(StandIn):
+    """Stands in for the host's `WanSelfAttention.forward` of one module; computes the same but for the windows.
 
-    def __init__(self, module: torch.nn.Module, layer: int, installation: Installation) -> None:
-        self.module = module
-        self.layer = layer
-        self.installation = installation
+    `T3Block` does its work where the block is ours too and works by chunks.
+    """
 
     def forward(self, x: torch.Tensor, freqs: torch.Tensor, transformer_options: dict | None = None) -> torch.Tensor:
         """`x`: `[B, N, dim]`; `freqs`: the host's rotations. As `WanSelfAttention.forward`."""
@@ -82,9 +82,12 @@ class T3SelfAttention:
         attn: Any = self.module
         patches = options.get("patches", {}).get("attn1_patch", ())
         backend = current.backend or host_attention(options)
-        reason = projections.refused(attn, x, freqs, current, patches)
+        reason = projections.refused(attn, x.shape[1], freqs, patches) or projections.without_kernels(x, current)
+        if reason is None and torch.compiler.is_compiling():
+            return attn.o(projections.attend_compiled(attn, x, freqs, current, partition, backend))
         if reason is None:
-            return attn.o(projections.attend(attn, x, freqs, current, partition, backend))
+            tokens = partial(_some, x)
+            return attn.o(projections.attend(attn, x, tokens, freqs, current, partition, backend, _chunks(attn, x)))
         if x.is_cuda and not torch.compiler.is_compiling():
             self.installation.say(f"norm, rotation and windows are made one after the other, slower: {reason}.")
         split = (*x.shape[:2], attn.num_heads, attn.head_dim)
@@ -107,15 +110,14 @@ class T3SelfAttention:
         return attn.o(out)
 
 
-def stop_if_cancelled(x: torch.Tensor) -> None:
-    """Raise the host's exception if the user pressed Cancel; called once a block, on the block's tokens `[B, N, dim]`.
+def _some(x: torch.Tensor, rows: slice) -> torch.Tensor:
+    return x[:, rows]
 
-    At video sizes it waits for the card first: Python runs whole forward passes ahead of a GPU, and would look for
-    Cancel long before the user had time to press it. The wait leaves the card idle for microseconds a block.
-    """
-    if x.is_cuda and x.shape[1] >= WAIT_FROM_TOKENS:
-        torch.cuda.current_stream(x.device).synchronize()
-    comfy.model_management.throw_exception_if_processing_interrupted()
+
+def _chunks(attn: Any, x: torch.Tensor) -> list[slice]:
+    """As if the feed-forward were four times as wide as the block; a self-attention does not know it."""
+    batch, tokens, dim = x.shape
+    return token_chunks(tokens, batch, BlockShape(dim, 4 * dim, attn.num_heads, batch, tokens, x.element_size()).chunk)
 
 
 def install(model, settings: Settings) -> list[str]:
@@ -123,23 +125,40 @@ def install(model, settings: Settings) -> list[str]:
 
     Raises `T3Error` for a model that cannot be windowed; then nothing has been changed.
     """
-    found = wan.self_attentions(model.get_model_object("diffusion_model"))
+    diffusion_model = model.get_model_object("diffusion_model")
+    found = wan.self_attentions(diffusion_model)
     former = [model.object_patches.get(_key(a.path)) for a in found.windowed]
     notes = []
-    if any(_ours(patch) for patch in former):
+    if any(is_ours(patch) for patch in former):
         notes.append("Replaces the T3 attention of a node before it.")
-    foreign = sorted({_owner(patch) for patch in former if patch is not None and not _ours(patch)})
+    foreign = sorted({owner(patch) for patch in former if patch is not None and not is_ours(patch)})
     if foreign:
         notes.append(f"Replaces the self-attention patch of {', '.join(foreign)}: the later patch wins.")
     if found.left_dense:
         notes.append(f"Stay dense, being attention of another kind: {', '.join(found.left_dense)}.")
-    _put(model, found.windowed, Installation(settings))
-    return notes
+    free, notes_on_blocks = _free_blocks(model, wan.blocks(diffusion_model))
+    _put(model, found.windowed, free, Installation(settings))
+    return notes + notes_on_blocks
+
+
+def _free_blocks(model, blocks: list[wan.Block]) -> tuple[list[wan.Block], list[str]]:
+    """The blocks whose forward nobody else has patched, and a note on the others and on cross-attention."""
+    notes = []
+    patches = {block.path: model.object_patches.get(_key(block.path)) for block in blocks}
+    taken = {path: patch for path, patch in patches.items() if patch is not None and not is_ours(patch)}
+    if taken:
+        owners = ", ".join(sorted({owner(patch) for patch in taken.values()}))
+        notes.append(f"{len(taken)} blocks keep the forward of {owners}, and the memory that takes.")
+    crossed = [model.object_patches.get(_key(f"{block.path}.cross_attn")) for block in blocks]
+    owners_of_cross = sorted({owner(patch) for patch in crossed if patch is not None})
+    if owners_of_cross:
+        notes.append(f"Keeps the cross-attention of {', '.join(owners_of_cross)}, which gets all tokens at once.")
+    return [block for block in blocks if block.path not in taken], notes
 
 
 def settings_of(model) -> Settings | None:
     """What a node before asked for, where `model` has T3 already."""
-    ours = (patch for patch in model.object_patches.values() if _ours(patch))
+    ours = (patch for patch in model.object_patches.values() if is_ours(patch))
     return next((patch.__self__.installation.settings for patch in ours), None)
 
 
@@ -153,14 +172,17 @@ def set_plan_of_weights(model, plan: Plan) -> None:
     model.set_attachments(KEY, plan)
 
 
-def _put(model, attentions: list[wan.SelfAttention], installation: Installation) -> None:
+def _put(model, attentions: list[wan.SelfAttention], blocks: list[wan.Block], installation: Installation) -> None:
     """Patches for these modules, and wrappers and callbacks for this installation in place of former ones."""
     for attention in attentions:
         patch = T3SelfAttention(attention.module, attention.layer, installation)
         model.add_object_patch(_key(attention.path), patch.forward)
+    for block in blocks:
+        kind = T3VaceBlock if hasattr(block.module, "after_proj") else T3Block
+        model.add_object_patch(_key(block.path), kind(block.module, block.layer, installation).forward)
     wrappers = {
         WrappersMP.APPLY_MODEL: partial(_apply_model, installation),
-        WrappersMP.PREPARE_SAMPLING: estimate.prepare_sampling,
+        WrappersMP.PREPARE_SAMPLING: partial(estimate.prepare_sampling, installation.settings.memory),
         WrappersMP.CALC_COND_BATCH: estimate.calc_cond_batch,
     }
     for kind, wrapper in wrappers.items():
@@ -174,21 +196,17 @@ def _rebuild(installation: Installation, old, new) -> None:
     """ON_CLONE: patches that came along to a model of its own are made anew for that model's modules."""
     if new.model is old.model:
         return
-    found = wan.self_attentions(new.model.diffusion_model).windowed
-    ours = [attention for attention in found if _ours(new.object_patches.get(_key(attention.path)))]
-    _put(new, ours, Installation(installation.settings))
+    fresh = new.model.diffusion_model
+
+    def ours(found: list) -> list:
+        return [part for part in found if is_ours(new.object_patches.get(_key(part.path)))]
+
+    attentions, blocks = ours(wan.self_attentions(fresh).windowed), ours(wan.blocks(fresh))
+    _put(new, attentions, blocks, Installation(installation.settings))
 
 
 def _key(path: str) -> str:
     return f"{wan.PREFIX}{path}.forward"
-
-
-def _ours(patch: Any) -> bool:
-    return isinstance(getattr(patch, "__self__", None), T3SelfAttention)
-
-
-def _owner(patch: Any) -> str:
-    return getattr(patch, "__module__", None) or type(patch).__module__
 
 
 def _apply_model(
@@ -216,15 +234,13 @@ def _apply_model(
 
 
 def _report_foreign(model, installation: Installation) -> None:
-    """Say whose patch took the place of ours after this node."""
-    patches = [attention.module.__dict__.get("forward") for attention in wan.self_attentions(model).windowed]
-    taken = [patch for patch in patches if patch is not None and not _ours(patch) and not _own_method(patch)]
-    if taken:
-        owners = ", ".join(sorted({_owner(patch) for patch in taken}))
-        installation.say(f"{len(taken)} blocks run the later self-attention patch of {owners} instead of T3.")
-
-
-def _own_method(forward: Any) -> bool:
-    """Whether this is the module's own method, which the host leaves behind when it takes a patch off."""
-    owner = getattr(forward, "__self__", None)
-    return isinstance(owner, torch.nn.Module) and forward.__func__ is type(owner).forward
+    """Say whose patches took the place of ours after this node."""
+    places = (
+        (wan.self_attentions(model).windowed, "self-attention patch", "instead of T3"),
+        (wan.blocks(model), "forward", "and take the memory of that"),
+    )
+    for parts, what, so in places:
+        taken = [patch for patch in (foreign_forward(part.module) for part in parts) if patch is not None]
+        if taken:
+            owners = ", ".join(sorted({owner(patch) for patch in taken}))
+            installation.say(f"{len(taken)} blocks run the later {what} of {owners} {so}.")

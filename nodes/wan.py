@@ -120,6 +120,14 @@ class SelfAttentions(NamedTuple):
     left_dense: list[str]
 
 
+class Block(NamedTuple):
+    """A block of the host's own kind: its path below the diffusion model, its module, its layer of the plan."""
+
+    path: str
+    module: Any
+    layer: int
+
+
 def require(model) -> None:
     """Raise `T3Error` for a diffusion model that is not Wan."""
     from comfy.ldm.wan.model import WanModel
@@ -151,6 +159,17 @@ def self_attentions(model) -> SelfAttentions:
             "be cut into windows. Use an ordinary Wan model, or remove the node."
         )
     return SelfAttentions(windowed, [a.path for a in found if type(a.module) is not WanSelfAttention])
+
+
+def blocks(model) -> list[Block]:
+    """Every block whose forward is known here: exactly `WanAttentionBlock`, or the one that VACE adds."""
+    from comfy.ldm.wan.model import VaceWanAttentionBlock, WanAttentionBlock
+
+    found = [Block(f"blocks.{i}", block, i) for i, block in enumerate(model.blocks) if type(block) is WanAttentionBlock]
+    for layer, j in getattr(model, "vace_layers_mapping", {}).items():
+        if type(model.vace_blocks[j]) is VaceWanAttentionBlock:
+            found.append(Block(f"vace_blocks.{j}", model.vace_blocks[j], layer))
+    return found
 
 
 def head_size(model) -> int:

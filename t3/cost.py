@@ -9,12 +9,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from .memory import BlockShape, Share, block_bytes
 from .plan import Grid, Partition, Plan
+
+FASTEST = Share()
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a Wan transformer that its cost depends on."""
+    """The sizes of a Wan transformer that its cost depends on.
+
+    `control_layers`: for VACE, the layers that its further blocks join, each a block like the others;
+    `control_channels`: those of what they are given.
+    """
 
     layers: int
     dim: int
@@ -26,10 +33,12 @@ class ModelShape:
     text_tokens: int = 512
     image_tokens: int = 0
     patch: tuple[int, int, int] = (1, 2, 2)
+    control_layers: tuple[int, ...] = ()
+    control_channels: int = 0
 
     @classmethod
     def from_config(cls, config: Mapping) -> ModelShape:
-        """From a diffusers `WanTransformer3DModel` config."""
+        """From a diffusers `WanTransformer3DModel` or `WanVACETransformer3DModel` config."""
         return cls(
             layers=config["num_layers"],
             dim=config["num_attention_heads"] * config["attention_head_dim"],
@@ -40,7 +49,13 @@ class ModelShape:
             text_dim=config["text_dim"],
             image_tokens=(config.get("pos_embed_seq_len") or 257) if config.get("image_dim") else 0,
             patch=tuple(config["patch_size"]),
+            control_layers=tuple(config.get("vace_layers") or ()),
+            control_channels=config.get("vace_in_channels") or 0,
         )
+
+    def block(self, tokens: int, *, batch: int = 1, element: int = 2) -> BlockShape:
+        """What the memory of one block depends on."""
+        return BlockShape(self.dim, self.ffn_dim, self.heads, batch, tokens, element)
 
 
 def short(number: float) -> str:
@@ -109,24 +124,34 @@ def other_macs(shape: ModelShape, tokens: int) -> int:
         + 2 * tokens * d * shape.ffn_dim
     )
     text = shape.text_tokens * (shape.text_dim * d + d * d)
-    ends = tokens * patch_volume * d * (shape.in_channels + shape.out_channels)
-    return shape.layers * per_layer + text + ends
+    ends = tokens * patch_volume * d * (shape.in_channels + shape.out_channels + shape.control_channels)
+    control = len(shape.control_layers)
+    joints = tokens * d * d * (control + 1) if control else 0  # a projection into the first block, one out of each
+    return (shape.layers + control) * per_layer + joints + text + ends
 
 
-def activation_bytes(shape: ModelShape, tokens: int, *, batch: int = 1, element: int = 2) -> int:
+def activation_bytes(
+    shape: ModelShape, tokens: int, *, batch: int = 1, element: int = 2, share: Share | None = FASTEST
+) -> int:
     """Peak activation bytes of one forward pass of the diffusers model with T3 attention, weights not counted.
 
-    `element` is the bytes of one activation (2 for bfloat16). Counted from the model's code: the FFN's input and
-    output of its GELU live together, beside the residual stream, its float32 copy and the normed input; or, where the
-    FFN is narrow, attention's q, k, v, rotated q and k, one grouping's copies and the two branches' outputs. The
-    float32 cosines and sines of RoPE live throughout. A few per cent less than measured (`benchmarks/README.md`).
+    `element` is the bytes of one activation (2 for bfloat16). share: how blocks share out their work; None: they run
+    whole, as when compiled. Counted from the model's code: a block, see `memory.block_bytes`; or the model's end, where
+    the last block's output lies beside two float32 tensors of its size. Whole blocks hold the FFN's inner tensor twice,
+    beside the residual stream, its float32 copy and the normed input; or, where the FFN is narrow, ten tensors in
+    attention. The float32 cosines and sines of RoPE live throughout, as does what each control block adds to the layer
+    it joins. A few per cent less than measured (`benchmarks/README.md`).
     """
     wide, narrow = tokens * shape.ffn_dim * element, tokens * shape.dim * element
     float_copy = tokens * shape.dim * 4
-    ffn = 2 * wide + 2 * narrow + float_copy
-    attention = 10 * narrow + float_copy
+    end = batch * (narrow + 2 * float_copy)
+    if share is None:
+        block = batch * max(2 * wide + 2 * narrow + float_copy, 10 * narrow + float_copy)
+    else:
+        block = block_bytes(shape.block(tokens, batch=batch, element=element), share)
     rope_tables = 2 * tokens * (shape.dim // shape.heads) * 4
-    return rope_tables + batch * max(ffn, attention)
+    control = (len(shape.control_layers) + 1) * narrow if shape.control_layers else 0
+    return rope_tables + batch * control + max(block, end)
 
 
 def model_cost(
@@ -137,14 +162,16 @@ def model_cost(
     global_tokens: int = 0,
     batch: int = 1,
     element: int = 2,
+    share: Share | None = FASTEST,
 ) -> Cost:
     """The cost of one forward pass under `plan`, dense, as released and as computed here.
 
-    MACs are those of one sample; `activation_bytes` those of `batch` samples. `global_tokens`: tokens before and
-    after the grid (reference or context latents), counted in every figure.
+    MACs are those of one sample; `activation_bytes` those of `batch` samples, worked off as `share` says.
+    `global_tokens`: tokens before and after the grid (reference or context latents), counted in every figure.
     """
     here = Grid(*grid)
-    partitions = plan.partitions(here, shape.layers)
+    layers = plan.partitions(here, shape.layers)
+    partitions = [*layers, *(layers[i] for i in shape.control_layers)]
     tokens = here.tokens + global_tokens
     products = 2 * shape.dim
 
@@ -152,9 +179,9 @@ def model_cost(
         return products * sum(attention_pairs(here, p, global_tokens, released=released) for p in partitions)
 
     return Cost(
-        attention_dense=products * shape.layers * tokens * tokens,
+        attention_dense=products * len(partitions) * tokens * tokens,
         attention_released=attention(True),
         attention_t3=attention(False),
         other=other_macs(shape, tokens),
-        activation_bytes=activation_bytes(shape, tokens, batch=batch, element=element),
+        activation_bytes=activation_bytes(shape, tokens, batch=batch, element=element, share=share),
     )

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import cli
-from .errors import T3Error
-from .plan import PRESETS, Plan
+from .plan import PRESETS
+from .plan_choice import named_plan
 from .weights import open_weights
 from .weights.extract import DEFAULT_ERROR, extract
 from .weights.extract_factors import ROUNDING
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _extract(args: argparse.Namespace) -> int:
-    plan = _plan(args.plan)
+    plan = None if args.plan == "none" else args.plan if args.plan == "auto" else named_plan(args.plan)[0]
     base, tuned = open_weights(args.base), open_weights(args.tuned)
     result = extract(
         base,
@@ -96,19 +96,6 @@ def _rank(text: str) -> int | str:
     if text != "auto" and not text.isdecimal():
         raise argparse.ArgumentTypeError(f'{text!r} is neither "auto" nor a whole number')
     return text if text == "auto" else int(text)
-
-
-def _plan(text: str) -> Plan | str | None:
-    """What `--plan` says, for `extract`."""
-    if text in ("auto", "none"):
-        return None if text == "none" else text
-    path = Path(text)
-    if path.suffix.lower() != ".json" and not path.is_file():
-        return Plan.preset(text)
-    try:
-        return Plan.from_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, T3Error) as error:
-        raise T3Error(f"--plan {text} cannot be used: {error}") from None
 
 
 def _progress(done: int, total: int, name: str, change: Change | None) -> None:

@@ -19,15 +19,16 @@ log = logging.getLogger(__name__)
 HALF = (torch.float16, torch.bfloat16)
 # Lends weight and bias of a linear layer, as the layer would use them on x.
 Lend = Callable[[nn.Module, torch.Tensor], AbstractContextManager[tuple[torch.Tensor, torch.Tensor | None]]]
+Layer = Callable[[torch.Tensor], torch.Tensor]
 # ComfyUI's linear layer, by name: it is torch's unless its weights are cast or patched at each call.
 _HOST = ("comfy.ops", "disable_weight_init.Linear.")
 _checked: dict[tuple[torch.device, torch.dtype], str | None] = {}
 
 
-def feed_forward(x: torch.Tensor, up: nn.Module, down: nn.Module, lend: Lend | None = None) -> torch.Tensor:
+def feed_forward(x: torch.Tensor, up: nn.Module, down: Layer, lend: Lend | None = None) -> torch.Tensor:
     """down(gelu(up(x))), GELU in its tanh form, as Wan's blocks have it.
 
-    x: `[..., dim]`; up, down: modules from `[..., dim]` to `[..., hidden]` and back, linear layers as a rule.
+    x: `[..., dim]`; up, down: from `[..., dim]` to `[..., hidden]` and back, linear layers as a rule.
     lend: a host's way to lend weight and bias of a layer that casts or patches them at each call, see `legal`.
 
     Where `legal` has nothing against it, the GELU is part of the matrix product, applied to its float32 sums; elsewhere

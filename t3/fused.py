@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 
 from .attention import MOST_BATCH_HEADS, attend_window
-from .backends import Backend, Situation, choose
+from .backends import BACKENDS, Backend, Situation, choose
 from .errors import T3Error
+from .kernels.namespace import own_namespace
 from .kernels.usable import triton_usable
 from .kernels.window_group.op import window_group
 from .kernels.window_merge.op import window_merge
@@ -20,16 +21,14 @@ from .plan import Grid, Partition
 from .windows import token_rows
 
 
-def refusal(*projected: torch.Tensor, prefix: int = 0, suffix: int = 0, memory: int | None = None) -> str | None:
-    """Why `attention_from_projections` is not to be used for these tensors, in words, or None if it is.
+def refusal(*projected: torch.Tensor, prefix: int = 0, suffix: int = 0) -> str | None:
+    """Why the kernels are not to be used for these tensors, in words, or None if they are.
 
-    prefix, suffix: tokens beside the grid; memory: the bound that `t3_attention` would get.
+    prefix, suffix: tokens beside the grid.
     """
     x = projected[0]
     if torch.is_grad_enabled() and any(p.requires_grad for p in projected):
         return "it has no gradients"
-    if memory is not None:
-        return "it holds all groups at once, and memory is bounded"
     if prefix or suffix:
         return "tokens stand beside the grid"
     if not triton_usable(x.device, x.dtype):
@@ -72,7 +71,8 @@ def attention_from_projections(
     _check(q, k, v, here, counts, heads, turns)
     head_dim = q.shape[2] // heads
     if isinstance(backend, str):
-        backend, _ = choose(backend, Situation(q.device, q.dtype, head_dim))
+        sizes = tuple(size for _, size in counts.window_classes(here))
+        backend, _ = choose(backend, Situation(q.device, q.dtype, head_dim, windows=sizes))
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     batch = q.shape[0]
     rows = list(token_rows(tuple(here), tuple(counts), batch, q.device))
@@ -90,7 +90,7 @@ def attention_from_projections(
     for _ in rows:
         # A group is let go of once it has been attended.
         group, *groups = groups
-        parts.append(_attend_windows(group, here, counts, batch, heads, backend, scale))
+        parts.append(attend_windows(group, here, counts, batch, heads, backend, scale))
     del group
     if rows == [None]:
         return parts[0].unflatten(0, (batch, -1))
@@ -104,18 +104,60 @@ def _group_values(v: torch.Tensor, rows: list[torch.Tensor | None]) -> list[torc
     return [v.flatten(0, 1) if at is None else next(copies) for at in rows]
 
 
-def _attend_windows(grouped, grid: Grid, partition: Partition, batch: int, heads: int, backend, scale) -> torch.Tensor:
-    """Attention inside the windows of one grouping. grouped: its q, k, v `[B * N, width]`; returns the same shape."""
+def attend_windows(
+    grouped: Sequence[torch.Tensor],
+    grid: Grid,
+    partition: Partition,
+    batch: int,
+    heads: int,
+    backend: Backend,
+    scale: float,
+) -> torch.Tensor:
+    """Attention inside the windows of one grouping, of some heads or all.
+
+    grouped: its q, k, v `[B * N, heads*head_dim]`, tokens in the order of `token_rows`, any strides but the last.
+    Returns the same shape, contiguous, a tensor of its own.
+    """
+    classes = [(batch * windows, size) for windows, size in partition.window_classes(grid)]
+    if torch.compiler.is_compiling() and BACKENDS.get(backend.name) is backend:
+        return _attend_classes(*grouped, [n for pair in classes for n in pair], heads, backend.name, scale)
+    return _attend(grouped, classes, heads, backend, scale)
+
+
+@torch.library.custom_op(f"{own_namespace(__name__)}::attend_windows", mutates_args=())
+def _attend_classes(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, classes: list[int], heads: int, backend: str, scale: float
+) -> torch.Tensor:
+    """`_attend` as one operator: compiled code holds it whole, since a compiler gains nothing inside and may not know
+    a backend's kernels. classes: windows and their length, one class after the other."""
+    pairs = list(zip(classes[::2], classes[1::2], strict=True))
+    return _attend((q, k, v), pairs, heads, BACKENDS[backend], scale)
+
+
+@_attend_classes.register_fake
+def _(q, k, v, classes, heads, backend, scale):
+    return q.new_empty(q.shape)
+
+
+def _attend(
+    grouped: Sequence[torch.Tensor], classes: list[tuple[int, int]], heads: int, backend: Backend, scale: float
+) -> torch.Tensor:
     at_once = max(1, MOST_BATCH_HEADS // heads)
-    results, start = [], 0
-    for windows, size in partition.window_classes(grid):
-        for first in range(0, batch * windows, at_once):
-            count = min(at_once, batch * windows - first)
+    result, start, total = None, 0, grouped[0].shape[0]
+    for windows, size in classes:
+        for first in range(0, windows, at_once):
+            count = min(at_once, windows - first)
             some = [x[start : start + count * size] for x in grouped]
             some = [x.unflatten(0, (count, size)).unflatten(2, (heads, -1)) for x in some]
-            results.append(attend_window(backend, scale, *some).flatten(2).flatten(0, 1))
+            attended = attend_window(backend, scale, *some).flatten(2).flatten(0, 1)
+            if count * size == total:
+                return attended
+            if result is None:
+                result = attended.new_empty(total, attended.shape[1])
+            result[start : start + count * size] = attended
             start += count * size
-    return results[0] if len(results) == 1 else torch.cat(results)
+    assert result is not None
+    return result
 
 
 def _check(q, k, v, grid: Grid, partition: Partition, heads: int, turns) -> None:

@@ -14,9 +14,11 @@ from .embedded import NOTICE
 from .errors import T3Error
 from .images import load_image
 from .jobs import Job, Options, make_jobs, run_jobs
+from .memory import AUTO, MODES
 from .plan import Grid, Plan
+from .plan_choice import resolve_plan
 from .report import fact_lines, run_facts
-from .sources import Sources, find_sources, resolve_plan
+from .sources import Sources, find_sources
 
 # Wan's own default, as the released T3 inference uses it.
 NEGATIVE_PROMPT = (
@@ -82,7 +84,15 @@ def build_parser() -> argparse.ArgumentParser:
     how = parser.add_argument_group("how to run")
     how.add_argument("--plan", default="auto", help="auto, wan2.1-4k, wan2.2-4k, dense, or a plan's JSON file")
     how.add_argument("--backend", default="auto", help="attention inside windows; `python -m t3.backends` lists them")
-    how.add_argument("--attention-memory", type=float, metavar="GIB", help="bound on attention's working memory")
+    how.add_argument(
+        "--memory",
+        default=AUTO,
+        choices=MODES,
+        help="fast: all heads at once; lean: few at a time, the same result in less memory; auto: by what is free",
+    )
+    how.add_argument(
+        "--attention-memory", type=float, metavar="GIB", help="instead: bound on attention's working memory"
+    )
     how.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp16", "fp32", "fp8"))
     how.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     how.add_argument(
@@ -149,6 +159,8 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise T3Error(f"--seed is {args.seed}; use 0 to 2^63 - 1.")
     if args.attention_memory is not None and args.attention_memory <= 0:
         raise T3Error(f"--attention-memory is {args.attention_memory:g} GiB; use more than 0.")
+    if args.attention_memory is not None and args.memory != AUTO:
+        raise T3Error(f"--attention-memory chooses the way by itself: leave --memory {args.memory} out.")
 
 
 def _check_images(jobs: list[Job], sources: Sources) -> None:
@@ -160,9 +172,11 @@ def _check_images(jobs: list[Job], sources: Sources) -> None:
         if last and not image:
             raise T3Error("--last-image needs --image too.")
         if image and not sources.takes_image:
-            raise T3Error(f"{sources.name} is a text-to-video model and takes no image. Use an I2V model or Wan2.2 5B.")
-        if last and not sources.needs_image:
-            raise T3Error(f"{sources.name} takes no --last-image. Use a first-and-last-frame or I2V model.")
+            raise T3Error(
+                f"{sources.name} is a text-to-video model and takes no image. Use an I2V or VACE model, or Wan2.2 5B."
+            )
+        if last and not sources.takes_last_image:
+            raise T3Error(f"{sources.name} takes no --last-image. Use a first-and-last-frame, I2V or VACE model.")
         if sources.needs_image and not image:
             raise T3Error(f"{sources.name} is an image-to-video model and {job.name!r} has no image: give --image.")
         if both and not last:
@@ -213,6 +227,7 @@ def _sample_all(args, sources: Sources, plan: Plan, grid: Grid, jobs: list, resu
             device=args.device,
             offload=args.offload,
             backend=args.backend,
+            memory=args.memory,
             attention_memory=memory,
             compile=args.compile,
             shift=args.shift,

@@ -46,6 +46,7 @@ class Options:
     device: str = "auto"
     offload: str = "auto"
     backend: str = "auto"
+    memory: str = "auto"
     attention_memory: int | None = None
     compile: bool = False
     shift: float = 5.0
@@ -177,7 +178,7 @@ def run_jobs(
     return results
 
 
-_LESS_MEMORY = "Try --offload model or group, --dtype fp8, or a smaller size."
+_LESS_MEMORY = "Try --memory lean, --offload model or group, --dtype fp8, or a smaller size."
 
 
 def _run(engine: Engine, job: Job, args: argparse.Namespace, settings: dict[str, Any], watch: Stopwatch) -> dict:

@@ -16,16 +16,19 @@ from diffusers import (
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from .backends import Situation, choose, installed
-from .cost import ModelShape, model_cost
+from .cost import ModelShape, activation_bytes
 from .embedded import ensure_embedded
 from .errors import T3Error
 from .images import load_image
 from .jobs import Clip, Options
+from .memory import FAST, shares
 from .plan import Grid, Plan
 from .processor import T3Installation, compile_blocks, install_t3
 from .scheduler import ReleasedScheduler
 from .sources import Sources
+from .vace import Control, VacePipeline
 from .weights import apply_weights, load_text_encoder, load_transformer, load_vae, open_weights
+from .weights.load import transformer_class
 
 Say = Callable[[str], None]
 # fp8: weights stored in 8 bits, computed in bfloat16 (diffusers' layerwise casting).
@@ -43,6 +46,7 @@ class Engine:
         self.dtype = dtype
         self.backend = self.backend_why = ""
         self.installations: list[T3Installation] = []
+        self._control = Control(pipe.vae, device)
 
     @classmethod
     def load(cls, sources: Sources, plan: Plan, options: Options, grid: Grid, say: Say) -> Engine:
@@ -59,23 +63,26 @@ class Engine:
         shape = ModelShape.from_config(sources.transformer)
         pipe = _assemble(sources, transformers, compute, options.shift)
         engine = cls(pipe, sources, plan, device, dtype)
-        chosen, engine.backend_why = choose(
-            options.backend, Situation(device, compute, sources.transformer["attention_head_dim"])
-        )
+        sizes = [size for layer in plan.partitions(grid, shape.layers) for _, size in layer.window_classes(grid)]
+        situation = Situation(device, compute, sources.transformer["attention_head_dim"], windows=tuple(sizes))
+        chosen, engine.backend_why = choose(options.backend, situation)
         engine.backend = chosen.name
-        for partition in set(plan.partitions(grid, shape.layers)):
-            for _, size in partition.window_classes(grid):
-                chosen.check_keys(size)
+        for size in set(sizes):
+            chosen.check_keys(size)
         compiled = options.compile and can_compile(device, say)
+        memory = options.memory if options.attention_memory is None else options.attention_memory
         for transformer in transformers:
             transformer.register_forward_hook(_velocity_in_float32)
             if dtype == "fp8":
                 transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=compute)
-            engine.installations.append(install_t3(transformer, plan, backend=chosen, memory=options.attention_memory))
+            engine.installations.append(install_t3(transformer, plan, backend=chosen, memory=memory, say=say))
             if compiled:
                 compile_blocks(transformer, plan)
         weights = sources.parameters * (1 if dtype == "fp8" else compute.itemsize)
-        activations = model_cost(shape, plan, grid, element=compute.itemsize).activation_bytes
+        # Where "auto" is lean if need be, weights stay on the card as long as that fits.
+        ways = shares(shape.heads)
+        share = None if compiled or options.offload == "group" else ways[0] if memory == FAST else ways[-1]
+        activations = activation_bytes(shape, grid.tokens, element=compute.itemsize, share=share)
         _place(pipe, device, options.offload, weights + activations, say)
         return engine
 
@@ -98,15 +105,22 @@ class Engine:
         """As `sample`, for clips that differ in prompt and seed only, in one batch: `[len(clips), C, T, H, W]`."""
         first = clips[0]
         pipe, image_arguments = self._pipe_for(first)
+        prompts: dict[str, Any] = {
+            "prompt": [clip.prompt for clip in clips],
+            "negative_prompt": [clip.negative for clip in clips],
+            "generator": [torch.Generator("cpu").manual_seed(clip.seed) for clip in clips],
+        }
+        if self.sources.is_vace:  # whose pipeline takes one clip at a time
+            if len(clips) > 1:
+                return torch.cat([self.sample(clip) for clip in clips])
+            prompts = {name: values[0] for name, values in prompts.items()}
         out = pipe(
-            prompt=[clip.prompt for clip in clips],
-            negative_prompt=[clip.negative for clip in clips],
+            **prompts,
             height=first.height,
             width=first.width,
             num_frames=first.frames,
             num_inference_steps=first.steps,
             guidance_scale=first.cfg,
-            generator=[torch.Generator("cpu").manual_seed(clip.seed) for clip in clips],
             output_type="latent",
             **image_arguments,
         )
@@ -121,6 +135,8 @@ class Engine:
         return latents
 
     def _pipe_for(self, clip: Clip) -> tuple[Any, dict[str, Any]]:
+        if self.sources.is_vace:
+            return self.pipe, self._control.of(clip)
         if clip.image is None:
             return self.pipe, {}
         # Wan2.2 5B is one model for both tasks; the image-to-video pipeline shares its parts.
@@ -168,7 +184,7 @@ def _load_transformers(sources: Sources, dtype: torch.dtype, say: Say) -> list[W
     else:
         folder = _fetch(sources)
         parts = ["transformer", "transformer_2"][: sources.experts]
-        transformers = [_part(WanTransformer3DModel, folder, part, dtype) for part in parts]
+        transformers = [_part(transformer_class(sources.transformer), folder, part, dtype) for part in parts]
     for i, transformer in enumerate(transformers):
         # One file serves all experts; several go to them in order.
         own = sources.t3_weights[i : i + 1] if len(sources.t3_weights) > 1 else sources.t3_weights
@@ -228,7 +244,10 @@ def _assemble(sources: Sources, transformers: list[WanTransformer3DModel], dtype
         "boundary_ratio": sources.boundary,
         "expand_timesteps": False,
     }
-    if sources.needs_image:
+    if sources.is_vace:
+        del parts["expand_timesteps"]
+        pipe = VacePipeline(**parts)
+    elif sources.needs_image:
         pipe = WanImageToVideoPipeline(**parts, **_image_encoder(sources, folder, dtype))
     else:
         pipe = WanPipeline(**parts)

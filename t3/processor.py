@@ -1,16 +1,24 @@
-"""T3 attention inside a diffusers `WanTransformer3DModel`: one attention processor per block, one hook for the grid."""
+"""T3 inside a diffusers `WanTransformer3DModel`: a processor and a forward for each block, one hook for the grid."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.transformers.transformer_wan import WanTransformer3DModel, _get_qkv_projections
+from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformer3DModel, _get_qkv_projections
+from diffusers.models.transformers.transformer_wan_vace import WanVACETransformer3DModel
 
 from .attention import t3_attention
-from .backends import Backend
+from .backends import Backend, Situation, choose
+from .block import Windows
+from .cost import ModelShape, activation_bytes
+from .device_memory import free_bytes
+from .diffusers_block import BlockByChunks, turns
 from .fused import attention_from_projections, norm_weight, refusal
+from .memory import AUTO, FAST, GIB, LEAN, Share, block_bytes, pick, shares
 from .plan import Grid, Partition, Plan
 
 
@@ -41,6 +49,7 @@ class T3AttentionProcessor:
     def __init__(self, backend: str | Backend = "auto", memory: int | None = None) -> None:
         self.backend = backend
         self.memory = memory
+        self.share = Share()
         self.grid: Grid | None = None
         self.partition: Partition | None = None
 
@@ -48,7 +57,7 @@ class T3AttentionProcessor:
         q, k, v = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
         backend = self.backend if self._attention_backend is None else _through_diffusers(self._attention_backend)
         assert self.grid is not None and self.partition is not None, "the hook of install_t3 has not run"
-        if refusal(q, k, v, memory=self.memory) is None:
+        if self.memory is None and refusal(q, k, v) is None:
             out = attention_from_projections(
                 q,
                 k,
@@ -58,7 +67,7 @@ class T3AttentionProcessor:
                 heads=attn.heads,
                 norms=(norm_weight(attn.norm_q, q), norm_weight(attn.norm_k, k)),
                 eps=attn.norm_q.eps,
-                turns=None if rotary_emb is None else _turns(*rotary_emb),
+                turns=None if rotary_emb is None else turns(*rotary_emb),
                 backend=backend,
             )
         else:
@@ -71,17 +80,16 @@ class T3AttentionProcessor:
         return attn.to_out[1](attn.to_out[0](out))
 
 
-def _turns(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine of each pair of channels. diffusers' tables, `[1, N, 1, head_dim]`, have each of them twice."""
-    return cos[:, :, 0, 0::2], sin[:, :, 0, 1::2]
-
-
 def compile_blocks(transformer: WanTransformer3DModel, plan: Plan, **options) -> None:
     """`torch.compile` every block, one after the other, without graph breaks; `options` are torch.compile's.
 
     Shapes are compiled in as they are (`dynamic=False`): each distinct partition of the plan, and each new size of
-    clip, is one compilation shared by the layers that have it.
+    clip, is one compilation shared by the layers that have it. Compiled blocks run whole, not by chunks of tokens.
     """
+    for block in _all_blocks(transformer):
+        stand_in = getattr(vars(block).get("forward"), "__self__", None)
+        if isinstance(stand_in, BlockByChunks):
+            stand_in.remove()
     distinct = len({plan.layers[i % len(plan.layers)] for i in range(len(transformer.blocks))})
     config = torch._dynamo.config
     # One code object serves all blocks; the usual limit of 8 is less than a plan may have partitions.
@@ -100,42 +108,120 @@ def _through_diffusers(name) -> Backend:
 
 @dataclass
 class T3Installation:
-    """T3 on one transformer; `remove()` gives the transformer its own processors back."""
+    """T3 on one transformer; `remove()` gives the transformer its own processors and forwards back."""
 
     transformer: WanTransformer3DModel
     plan: Plan
     _former: list
+    _blocks: list[BlockByChunks]
     _hook: torch.utils.hooks.RemovableHandle
 
     def remove(self) -> None:
-        """Put the former processors back, as if T3 had never been installed."""
+        """Put the former processors and forwards back, as if T3 had never been installed."""
         self._hook.remove()
-        for block, processor in zip(self.transformer.blocks, self._former, strict=True):
-            block.attn1.set_processor(processor)
+        for block in self._blocks:
+            block.remove()
+        for (attention, _), processor in zip(self_attentions(self.transformer), self._former, strict=True):
+            attention.set_processor(processor)
+
+
+def self_attentions(transformer: WanTransformer3DModel | WanVACETransformer3DModel) -> list[tuple[WanAttention, int]]:
+    """Every self-attention over the video's tokens, and its layer of the plan.
+
+    A VACE block has the layer of the block whose output it joins.
+    """
+    found = [(block.attn1, layer) for layer, block in enumerate(transformer.blocks)]
+    if isinstance(transformer, WanVACETransformer3DModel):
+        joins = zip(transformer.vace_blocks, transformer.config.vace_layers, strict=True)
+        found += [(block.attn1, layer) for block, layer in joins]
+    return found
+
+
+def _all_blocks(transformer: WanTransformer3DModel | WanVACETransformer3DModel) -> list[Any]:
+    return [*transformer.blocks, *(transformer.vace_blocks if hasattr(transformer, "vace_blocks") else ())]
+
+
+def _windows(attention: WanAttention) -> tuple[Windows, Share] | None:
+    """What this self-attention attends under T3, or None where it has another processor by now."""
+    processor = attention.processor
+    if not isinstance(processor, T3AttentionProcessor) or processor.grid is None or processor.partition is None:
+        return None
+    backend: str | Backend = processor.backend
+    if processor._attention_backend is not None:
+        backend = _through_diffusers(processor._attention_backend)
+    if isinstance(backend, str):
+        like = attention.to_out[0].weight
+        dtype = attention.norm_q.weight.dtype if like.dtype.itemsize == 1 else like.dtype
+        head_dim = attention.inner_dim // attention.heads
+        sizes = tuple(size for _, size in processor.partition.window_classes(processor.grid))
+        backend, _ = choose(backend, Situation(like.device, dtype, head_dim, windows=sizes))
+    return Windows(processor.grid, processor.partition, backend), processor.share
 
 
 def install_t3(
-    transformer: WanTransformer3DModel,
+    transformer: WanTransformer3DModel | WanVACETransformer3DModel,
     plan: Plan,
     *,
     backend: str | Backend = "auto",
-    memory: int | None = None,
+    memory: str | int | None = AUTO,
+    say: Callable[[str], None] = lambda text: None,
 ) -> T3Installation:
-    """Switch the self-attention of every block of `transformer` to T3 under `plan`, in place.
+    """Switch the self-attention of every block of `transformer` to T3 under `plan`, in place, and have blocks work by
+    chunks of tokens where clips are large.
 
-    The grid is read from the latents at each forward: any size works without installing again.
-    `backend` and `memory` are those of `t3.t3_attention`. Cross-attention is left alone.
+    The grid is read from the latents at each forward: any size works without installing again. Cross-attention is left
+    alone. backend: that of `t3.t3_attention`.
+    memory: `"fast"`, `"lean"` or `"auto"` (see `memory.pick`), or bytes that attention may take beside a block's input
+    and output: the fastest way within them is taken, or the leanest. None is `"fast"`.
+    say: told, once, which way was taken and why, and what stands in the way of chunks.
     """
-    processors = [T3AttentionProcessor(backend, memory) for _ in transformer.blocks]
-    former = [block.attn1.processor for block in transformer.blocks]
-    for block, processor in zip(transformer.blocks, processors, strict=True):
-        block.attn1.set_processor(processor)
+    attentions = self_attentions(transformer)
+    bound = memory if isinstance(memory, int) else None
+    processors = [T3AttentionProcessor(backend, bound) for _ in attentions]
+    former = [attention.processor for attention, _ in attentions]
+    for (attention, _), processor in zip(attentions, processors, strict=True):
+        attention.set_processor(processor)
+    said: set[str] = set()
+
+    def say_once(text: str, once: str | None = None) -> None:
+        if (once or text) not in said:
+            said.add(once or text)
+            say(text)
+
+    blocks = [BlockByChunks(block, _windows, say_once) for block in _all_blocks(transformer)]
+    for block in blocks:
+        block.install()
 
     def before_forward(module, args, kwargs):
         latents = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         grid = Grid(*(n // p for n, p in zip(latents.shape[2:], module.config.patch_size, strict=True)))
-        for layer, processor in enumerate(processors):
-            processor.grid, processor.partition = grid, plan.partition(layer, grid)
+        share, why = _share(module, latents, grid.tokens, FAST if memory is None else memory)
+        if why:
+            say_once(f"memory     {why}", f"{latents.shape} {share}")
+        for (_, layer), processor in zip(attentions, processors, strict=True):
+            processor.grid, processor.partition, processor.share = grid, plan.partition(layer, grid), share
 
     hook = transformer.register_forward_pre_hook(before_forward, with_kwargs=True)
-    return T3Installation(transformer, plan, former, hook)
+    return T3Installation(transformer, plan, former, blocks, hook)
+
+
+def _share(module: Any, latents: torch.Tensor, tokens: int, memory: str | int) -> tuple[Share, str]:
+    """How blocks share out their work on these latents, and why, in words where it matters."""
+    shape = ModelShape.from_config(module.config)
+    ways = shares(shape.heads)
+    size = {"batch": latents.shape[0], "element": latents.element_size()}
+
+    def needed(share: Share) -> int:
+        return activation_bytes(shape, tokens, **size, share=share)
+
+    if isinstance(memory, int):
+        beside = 2 * latents.shape[0] * tokens * shape.dim * latents.element_size()
+        block = shape.block(tokens, **size)
+        share = next((way for way in ways if block_bytes(block, way) - beside <= memory), ways[-1])
+        return share, f"{share}, for {memory / GIB:.3g} GiB of attention."
+    free = free_bytes(latents.device)
+    if free is None:
+        return (ways[-1] if memory == LEAN else ways[0]), ""
+    # With offload the weights are still to come.
+    free -= sum(p.numel() * p.element_size() for p in module.parameters() if p.device != latents.device)
+    return pick(memory, ways, needed, free)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from .cost import ModelShape, macs_text, model_cost, short
+from .cost import ModelShape, activation_bytes, macs_text, model_cost, short
+from .memory import shares
 from .plan import Grid, Plan
 from .plan_facts import layer_facts, layer_line
 from .sources import Sources
@@ -43,6 +44,9 @@ def run_facts(sources: Sources, plan: Plan, reason: str, grid: Grid, dtype: str,
         "memory_bytes": {
             "transformer": sources.parameters * STORED_BYTES[dtype],
             "activations": cost.activation_bytes,
+            "activations_lean": activation_bytes(
+                shape, grid.tokens, element=BYTES[dtype], share=shares(shape.heads)[-1]
+            ),
             "dtype": dtype,
         },
         "split": {"mode": "single process", "ranks": 1, "tokens_per_rank": [grid.tokens]},
@@ -76,8 +80,8 @@ def fact_lines(facts: dict[str, Any]) -> list[str]:
     lines.append(f"clip       {facts['forward_passes']} forward passes, {short(facts['flops_of_clip'] / 1e15)} PFLOP")
     lines.append(
         f"memory     {memory['transformer'] / 2**30:.1f} GiB of transformer weights and about "
-        f"{memory['activations'] / 2**30:.1f} GiB of activations in {memory['dtype']}, batch 1; text encoder and VAE "
-        "come and go beside them"
+        f"{memory['activations'] / 2**30:.1f} GiB of activations in {memory['dtype']}, batch 1, or "
+        f"{memory['activations_lean'] / 2**30:.1f} GiB with --memory lean; text encoder and VAE come and go beside them"
     )
     return lines
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import T3Error
-from .plan import Plan
+from .plan_choice import carried_plan
 from .weights import Identity, identify, known_config, open_weights, read_metadata
+from .weights.catalogue import HEADLESS_KINDS, not_headless
 from .weights.fit import check_fit
 from .weights.identity import require
 from .weights.layout_dit import dit_layout
@@ -24,6 +25,8 @@ HUB = {
     "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": ("wan2.1-i2v-14b", "wan2.1-vae"),
     "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": ("wan2.1-i2v-14b", "wan2.1-vae"),
     "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers": ("wan2.1-flf2v-14b", "wan2.1-vae"),
+    "Wan-AI/Wan2.1-VACE-1.3B-diffusers": ("wan2.1-vace-1.3b", "wan2.1-vae"),
+    "Wan-AI/Wan2.1-VACE-14B-diffusers": ("wan2.1-vace-14b", "wan2.1-vae"),
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": ("wan2.2-ti2v-5b", "wan2.2-vae"),
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": ("wan2.2-t2v-a14b", "wan2.1-vae"),
     "Wan-AI/Wan2.2-I2V-A14B-Diffusers": ("wan2.2-i2v-a14b", "wan2.1-vae"),
@@ -96,9 +99,19 @@ class Sources:
         return self.transformer["in_channels"] > self.latent_channels
 
     @property
+    def is_vace(self) -> bool:
+        """VACE: beside the noise it takes a video that is kept, changed or, where its mask says so, made."""
+        return "vace_layers" in self.transformer
+
+    @property
     def takes_image(self) -> bool:
-        """Wan2.2 5B starts from an image or from nothing."""
-        return self.needs_image or self.latent_channels == 48
+        """Wan2.2 5B and VACE start from an image or from nothing."""
+        return self.needs_image or self.is_vace or self.latent_channels == 48
+
+    @property
+    def takes_last_image(self) -> bool:
+        """Image-to-video models and VACE."""
+        return self.needs_image or self.is_vace
 
     @property
     def needs_image_encoder(self) -> bool:
@@ -181,34 +194,15 @@ def _finish(base: dict[str, Any], t3_weights: Sequence[str], loras: Sequence[str
         raise T3Error(f"{len(t3_weights)} --t3-weights files were given for {experts} transformer(s).")
     tuned_files = tuple(_adapter(text, "--t3-weights", transformer) for text in t3_weights)
     lora_files = tuple(_adapter(text, "--lora", transformer) for text in loras)
-    carried = _carried_plan(tuned_files, lora_files, base.pop("plans", []))
+    carried = carried_plan(tuned_files, lora_files, base.pop("plans", []))
+    base.update(carried)
     unknown = "no (random weights)" if base.get("embedded") and not tuned_files else "cannot tell"
     return Sources(
         **base,
-        **carried,
         t3_weights=tuned_files,
         loras=lora_files,
         tuned="yes" if carried else unknown,
     )
-
-
-def _carried_plan(tuned: Sequence[Adapter], loras: Sequence[Adapter], base: Sequence[str | None]) -> dict[str, Any]:
-    """What `Sources` says of the plan that weights carry. Files that are applied speak before the base does."""
-    carriers = [(adapter.identity.plan, adapter.path.name) for adapter in (*tuned, *loras)]
-    carriers = [(plan, name) for plan, name in carriers if plan]
-    from_lora = carriers and not any(adapter.identity.plan for adapter in tuned)
-    carriers = carriers or [(plan, "the base") for plan in base if plan]
-    if not carriers:
-        return {}
-    plan, name = carriers[0]
-    said = {"plan_json": plan, "plan_from": f"the LoRA {name}" if from_lora else "the weights"}
-    other = next((entry for entry in carriers if entry[0] != plan), None)
-    if other:
-        said["plan_conflict"] = (
-            f"{name} and {other[1]} carry different plans ({Plan.from_json(str(plan)).name!r} and "
-            f"{Plan.from_json(str(other[0])).name!r}): choose one with --plan."
-        )
-    return said
 
 
 def _base(model: str | None, *, has_files: bool) -> dict[str, Any]:
@@ -262,8 +256,11 @@ def _from_folder(folder: Path) -> dict[str, Any]:
     if not parts:
         raise T3Error(f"{folder} has no transformer/config.json; it is not a Wan pipeline in diffusers' layout.")
     config = _read_json(folder / parts[0] / "config.json", f"{folder} is not complete")
-    if config.get("_class_name") not in ("WanTransformer3DModel", None):
-        raise T3Error(f"{folder} holds a {config['_class_name']}; T3 runs on WanTransformer3DModel pipelines.")
+    if config.get("_class_name") not in ("WanTransformer3DModel", "WanVACETransformer3DModel", None):
+        raise T3Error(
+            f"{folder} holds a {config['_class_name']}; T3 runs on pipelines with a WanTransformer3DModel or a "
+            "WanVACETransformer3DModel."
+        )
     for key in ("num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "patch_size"):
         if key not in config:
             raise T3Error(f"{folder / parts[0] / 'config.json'} lacks {key!r}; the folder is damaged.")
@@ -326,6 +323,8 @@ def _adapter(text: str, option: str, transformer: dict[str, Any]) -> Adapter:
         raise T3Error(f"{option} {path} cannot be applied to a Wan transformer: {problem}")
     if identity.problem:
         raise T3Error(f"{option} {path}: {identity.problem}")
+    if identity.kind not in HEADLESS_KINDS:
+        raise T3Error(f"{option} {path} is for a {identity.model} model. {not_headless(identity.kind)}")
     width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
     if identity.width is not None and identity.width != width:
         raise T3Error(
@@ -364,36 +363,3 @@ def _read_json(path: Path, otherwise: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise T3Error(f"{path} does not hold a JSON object; the folder is damaged.")
     return content
-
-
-def resolve_plan(text: str, sources: Sources) -> tuple[Plan, str]:
-    """The plan that `--plan` names, and why: `auto`, a preset's name, or the path of a plan's JSON file.
-
-    `auto` is the plan the weights carry, or else the released one for the model's kind of latents.
-    """
-    if text == "auto":
-        if sources.plan_json:
-            if sources.plan_conflict:
-                raise T3Error(sources.plan_conflict)
-            return Plan.from_json(sources.plan_json), f"carried by {sources.plan_from}"
-        plan = Plan.for_latent_channels(sources.latent_channels)
-        return plan, f"the released plan for models of {sources.latent_channels}-channel latents"
-    plan, reason = _named_plan(text)
-    if sources.plan_json and (carried := Plan.from_json(sources.plan_json)) != plan:
-        reason += f", instead of {carried.name!r}, carried by {sources.plan_from}"
-    return plan, reason
-
-
-def _named_plan(text: str) -> tuple[Plan, str]:
-    """A preset, or a plan in a JSON file."""
-    path = Path(text)
-    if path.suffix.lower() == ".json" or path.is_file():
-        try:
-            content = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise T3Error(f"--plan {text} cannot be read: {error}.") from None
-        try:
-            return Plan.from_json(content), f"from {path}"
-        except T3Error as error:
-            raise T3Error(f"--plan {text}: {error}") from None
-    return Plan.preset(text), "as asked"

@@ -9,6 +9,8 @@ from diffusers import (
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
+    WanVACEPipeline,
+    WanVACETransformer3DModel,
 )
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
@@ -20,7 +22,8 @@ CLIP = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num
 
 def _transformer(seed: int, **changes) -> WanTransformer3DModel:
     torch.manual_seed(seed)
-    return WanTransformer3DModel(**{**TRANSFORMER, "num_layers": 2, **changes}).eval()
+    cls = WanVACETransformer3DModel if "vace_layers" in changes else WanTransformer3DModel
+    return cls(**{**TRANSFORMER, "num_layers": 2, **changes}).eval()
 
 
 def _vae(name: str) -> AutoencoderKLWan:
@@ -31,7 +34,7 @@ def _vae(name: str) -> AutoencoderKLWan:
 
 
 def build(kind: str, folder: Path) -> Path:
-    """Write a model of `kind` (t2v, i2v, a14b-t2v, a14b-i2v, ti2v-5b) to `folder`, in diffusers' layout."""
+    """Write a model of `kind` to `folder`, in diffusers' layout: t2v, i2v, vace, these as a14b-, or ti2v-5b."""
     tokenizer = byte_tokenizer()
     torch.manual_seed(6)
     parts = {
@@ -50,9 +53,11 @@ def build(kind: str, folder: Path) -> Path:
         changes.update(image_dim=CLIP["hidden_size"], added_kv_proj_dim=256)
         parts["image_encoder"] = CLIPVisionModel(CLIPVisionConfig(**CLIP)).eval()
         parts["image_processor"] = CLIPImageProcessor()
+    if kind.endswith("vace"):
+        changes = {"num_layers": 4, "vace_layers": [0, 2]}
     if kind.startswith("a14b"):
         parts.update(transformer_2=_transformer(8, **changes), boundary_ratio=0.875)
     parts["transformer"] = _transformer(7, **changes)
-    pipeline = WanImageToVideoPipeline if kind.endswith("i2v") else WanPipeline
+    pipeline = {"i2v": WanImageToVideoPipeline, "vace": WanVACEPipeline}.get(kind.rpartition("-")[2], WanPipeline)
     pipeline(**parts).save_pretrained(folder)
     return folder

@@ -180,9 +180,7 @@ def test_times_of_other_versions_do_not_count(timer, monkeypatch):
 def test_tuning_ends_after_its_seconds_for_the_whole_process(monkeypatch, timer):
     now = iter(range(100))
     monkeypatch.setattr(tuning, "_left", 1.5)
-    found = tuning.tune(
-        on_card(60), 60, ["sdpa-cudnn", "sdpa-flash", "sdpa-efficient"], clock=lambda: float(next(now))
-    )
+    found = tuning.tune(on_card(60), 60, ["sdpa-cudnn", "sdpa-flash", "sdpa-efficient"], clock=lambda: float(next(now)))
     assert list(found.ms) == ["sdpa-cudnn"]
     assert found.failed == {"sdpa-flash": "no time was left", "sdpa-efficient": "no time was left"}
     assert tuning.tune(on_card(60), 60, ["sdpa-cudnn"]) is None

@@ -34,7 +34,7 @@ def run(capsys, *arguments):
 @pytest.mark.parametrize("form", ["lora", "lora alpha", "dora", "loha", "lokr", "lokr factored", "set", "mixed"])
 def test_adapters_mean_the_same(tmp_path, form, to):
     """From one dialect to every other: every parameter changes as by the old file, and the new one reads as its own."""
-    kind = "vace" if form == "mixed" else "i2v"
+    kind = {"mixed": "vace", "dora": "fun-control", "lokr factored": "fun-camera"}.get(form, "i2v")
     state = kind_state(kind)
     for source in ("kohya", "diffusers"):
         tensors, deltas = adapter(kind, form, source)
@@ -52,7 +52,7 @@ def test_adapters_mean_the_same(tmp_path, form, to):
             torch.testing.assert_close(have, want[piece.target], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["i2v", "vace", "fun-camera"])
+@pytest.mark.parametrize("kind", ["i2v", "vace", "fun-control", "fun-camera"])
 def test_there_and_back_is_bit_identical(tmp_path, capsys, kind):
     state = kind_state(kind)
     first = save(tmp_path / "a.safetensors", full_tensors(kind, "original", state), METADATA)

@@ -74,8 +74,9 @@ def test_whole_model_matches_parameters_times_tokens():
         ("wan2.1-t2v-14b", "wan2.1-4k", (21, 136, 240), 80.1),
     ],
 )
-def test_activation_memory_is_near_what_was_measured(model, plan, grid, measured):
-    cost = model_cost(ModelShape.from_config(known_config(model)), Plan.preset(plan), grid)
+def test_activation_memory_of_whole_blocks_is_near_what_was_measured(model, plan, grid, measured):
+    """They were measured before blocks worked by chunks of tokens; compiled blocks still do not."""
+    cost = model_cost(ModelShape.from_config(known_config(model)), Plan.preset(plan), grid, share=None)
     assert cost.activation_bytes / 2**30 == pytest.approx(measured, rel=0.05)
 
 

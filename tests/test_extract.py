@@ -287,4 +287,6 @@ def test_factors_of_any_shape():
             assert found.rank == rank and found.error <= 1.01 * float(squares[rank:].sum() / squares.sum()) ** 0.5
     assert by_error(noise(64, 64, seed=3), 0.01, break_even(64, 64), torch.float32) is None
     assert by_rank(torch.zeros(20, 20), 3, torch.float32).error == 0.0
+    spread = torch.diag(torch.tensor([1e-25] * 9 + [1e-27]))  # squares that float32 does not hold
+    assert by_error(spread, 0.1, 9, torch.bfloat16).rank == 9
     assert [break_even(2, 2), break_even(1, 50), break_even(1536, 1536)] == [0, 0, 767]

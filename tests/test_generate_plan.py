@@ -9,7 +9,8 @@ from weights_fixtures import save
 from t3.embedded import TRANSFORMER
 from t3.errors import T3Error
 from t3.plan import Grid, Plan
-from t3.sources import find_sources, resolve_plan
+from t3.plan_choice import resolve_plan
+from t3.sources import find_sources
 
 WIDTH = TRANSFORMER["num_attention_heads"] * TRANSFORMER["attention_head_dim"]
 ONE, TWO = (Plan(name, Grid(2, 4, 6), ((1, 2, n),)) for n, name in ((1, "one"), (2, "two")))

@@ -124,7 +124,7 @@ def test_control_variants(tmp_path, name):
     found = identify(open_weights(write_header(tmp_path / "w.safetensors", shapes)))
     assert (found.model, found.problem, found.refused) == (name, None, {}) and len(found.matched) == len(shapes)
     assert found.kind == ("i2v" if "inp" in name else name.split("-", 1)[1].rsplit("-", 1)[0])
-    assert (found.elsewhere is None) == (found.kind == "i2v")
+    assert (found.elsewhere is None) == (found.kind in ("i2v", "vace"))
     assert "look alike" in found.describe() or "a14b" not in name
 
 

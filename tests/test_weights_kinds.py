@@ -1,5 +1,7 @@
 """Every model kind in every dialect and form: what a file is found to be, and what it does to the weights."""
 
+import json
+
 import pytest
 import torch
 from weights_fixtures import one_thread, original_state, save, tiny_transformer  # noqa: F401
@@ -7,6 +9,7 @@ from weights_kinds import (
     DIALECTS,
     FORMS,
     FULL_PREFIXES,
+    HEADLESS,
     KINDS,
     PLAIN,
     RELATIVES,
@@ -14,9 +17,11 @@ from weights_kinds import (
     by_hand,
     full_tensors,
     kind_state,
+    loaded_state,
 )
 
 from t3.errors import T3Error
+from t3.sources import find_sources
 from t3.weights import apply_weights, identify, load_transformer, open_weights
 from t3.weights.adapters import apply_piece
 
@@ -62,12 +67,13 @@ def test_whole_models(tmp_path, kind, dialect):
     assert (found.dialect, found.naming) == (dialect.split()[0], "diffusers" if dialect == "diffusers" else "original")
     assert found.model == (f"wan-{kind}" if kind in RELATIVES else "custom")
     assert (len(found.matched), found.unused) == (len(state), list(extra)) and found.names.keys() == state.keys()
-    if kind in RELATIVES:
-        with pytest.raises(T3Error, match=rf"is a wan-{kind} model.*use it in ComfyUI"):
-            load_transformer(path, dtype=torch.float32)
-    else:
-        loaded = original_state(load_transformer(path, dtype=torch.float32), KINDS[kind])
+    if kind in HEADLESS:
+        loaded = loaded_state(kind, load_transformer(path, dtype=torch.float32))
         assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+    else:
+        takes = {"fun-control": "a control video", "fun-camera": "a camera path"}[kind]
+        with pytest.raises(T3Error, match=rf"is a wan-{kind} model. It takes {takes}.*use it in ComfyUI"):
+            load_transformer(path, dtype=torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +84,47 @@ def test_prefixes_of_bundles(tmp_path, prefix):
     found = identify(open_weights(save(tmp_path / "w.safetensors", {prefix + name: t for name, t in state.items()})))
     assert (found.form, found.dialect, found.prefix, found.problem) == ("full", "original", prefix, None)
     assert found.names == {name: prefix + name for name in state}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_vace_in_the_engine(tmp_path, form):
+    """Every dialect and strength on the blocks of both kinds, their projections and the patch embedding."""
+    state = kind_state("vace")
+    path = save(tmp_path / "w.safetensors", full_tensors("vace", "comfyui", state))
+    for i, dialect in enumerate(DIALECTS):
+        model, strength = load_transformer(path, dtype=torch.float32), STRENGTHS[(i + len(form)) % len(STRENGTHS)]
+        tensors, deltas = adapter("vace", form, dialect)
+        report = apply_weights(model, open_weights(save(tmp_path / f"{dialect}.safetensors", tensors)), strength)
+        assert sorted(report.changed) == (sorted(deltas) if strength else [])
+        want = by_hand(state, deltas, strength)
+        for name, have in loaded_state("vace", model).items():
+            close(have, want[name])
+
+
+def test_where_vace_blocks_join(tmp_path):
+    """Evenly spread, unless a config.json beside the weights says where; one that cannot be is refused."""
+    state = kind_state("vace")
+    for name in [name for name in state if name.startswith("blocks.1.")]:  # six blocks, of which two have control
+        state |= {name.replace(".1.", f".{i}.", 1): state[name] for i in range(2, 6)}
+    path = save(tmp_path / "w.safetensors", state)
+    config = {"_class_name": "WanVACETransformer3DModel"}
+    for stated, found in ((None, [0, 3]), ([0, 5], [0, 5]), ([0, 6], None), ([1, 2], None), ([0], None)):
+        if stated:
+            (tmp_path / "config.json").write_text(json.dumps({**config, "vace_layers": stated}))
+        if found:
+            assert load_transformer(path, dtype=torch.float32).config.vace_layers == found
+        else:
+            with pytest.raises(T3Error, match=r"vace_layers.*2 rising numbers from 0 to 5"):
+                load_transformer(path, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["fun-control", "fun-camera"])
+def test_adapters_of_models_that_do_not_run_headless(tmp_path, kind):
+    """Refused before anything is loaded, with where they do run."""
+    tensors, _ = adapter(kind, "lora", "kohya")
+    path = save(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(T3Error, match=rf"--lora .*is for a wan-{kind} model.*use it in ComfyUI"):
+        find_sources(loras=[str(path)])
 
 
 @pytest.mark.parametrize("strength", STRENGTHS)

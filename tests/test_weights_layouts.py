@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from transformers import UMT5Config, UMT5EncoderModel
 
@@ -16,6 +16,7 @@ from t3.weights.layout_text import text_config, text_layout
 from t3.weights.layout_text import to_huggingface as text_forth
 from t3.weights.layout_text import to_original as text_back
 from t3.weights.layout_vae import vae_config, vae_config_from_diffusers, vae_layout
+from t3.weights.load import transformer_class
 from tests.weights_fixtures import (
     TINY,
     TINY_FLF2V,
@@ -56,7 +57,7 @@ def agree(layout, model):
 def test_shipped_transformers(name):
     config = known_config(name)
     layout = dit_layout(config)
-    agree(layout, on_meta(lambda: WanTransformer3DModel(**config)))
+    agree(layout, on_meta(lambda: transformer_class(config)(**config)))
     assert dit_config({key: param.shape for key, param in layout.items()}) == config
 
 

@@ -23,6 +23,7 @@ RELATIVES = {
     "fun-camera": {**TINY_I2V, "in_channels": 32},
 }
 KINDS = {**PLAIN, **RELATIVES}
+HEADLESS = [*PLAIN, "vace"]  # kinds that diffusers has a class for
 # Modules that adapters of each kind change, beside those that every kind has.
 OWN_MODULES = {
     "i2v": ["blocks.0.cross_attn.k_img", "img_emb.proj.1"],
@@ -77,6 +78,12 @@ def kind_state(kind):
 def kind_names(kind):
     """Original name -> diffusers name; parts that diffusers has no class for keep theirs."""
     return diffusers_names(list(_state(kind)))
+
+
+def loaded_state(kind, model):
+    """Original name -> tensor of a library's model of a kind."""
+    state = model.state_dict()
+    return {name: state[theirs].clone() for name, theirs in kind_names(kind).items()}
 
 
 def modules_of(kind):

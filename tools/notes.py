@@ -59,6 +59,8 @@ class Model(Base):
 
     peak_gib: int
     step_seconds: float
+    lean_gib: int
+    lean_seconds: float
     decode_seconds: int
 
 
@@ -67,8 +69,10 @@ WAN21 = Model(
     family="Wan2.1, Wan2.2 14B",
     dit=_file("diffusion_models", f"{RELEASE}/resolve/main/T3-Video-Wan2.1-T2V-1.3B.safetensors"),
     vae=_file("vae", f"{WAN_2_1}/vae/wan_2.1_vae.safetensors"),
-    peak_gib=34,
-    step_seconds=12.0,
+    peak_gib=21,
+    step_seconds=11.5,
+    lean_gib=12,
+    lean_seconds=13.2,
     decode_seconds=15,
 )
 WAN22 = Model(
@@ -76,8 +80,10 @@ WAN22 = Model(
     family="Wan2.2 5B",
     dit=_file("diffusion_models", f"{RELEASE}/resolve/main/T3-Video-Wan2.2-T2V-5B.safetensors"),
     vae=_file("vae", f"{WAN_2_2}/vae/wan2.2_vae.safetensors"),
-    peak_gib=23,
-    step_seconds=6.4,
+    peak_gib=16,
+    step_seconds=6.5,
+    lean_gib=15,
+    lean_seconds=7.3,
     decode_seconds=20,
 )
 WAN14 = Base(
@@ -113,9 +119,9 @@ def needs_4k(model: Model, steps: int) -> str:
     minutes = round(model.step_seconds * steps / 60)
     return f"""## What it needs
 
-Sampling 3840x2176, 81 frames: **{model.peak_gib} GiB** of GPU memory and {model.step_seconds} s a step, so
-about {minutes} minutes for {steps} steps. Measured in ComfyUI on an H100 card with 80 GB. A card with less
-memory, or a slower one: begin with the 1080p workflow.
+Sampling 3840x2176, 81 frames: **{model.lean_gib} GiB** of GPU memory, at {model.lean_seconds} s a step; with
+{model.peak_gib} GiB {model.step_seconds} s, so about {minutes} minutes for {steps} steps. Measured in ComfyUI on an H100
+card. T3 Attention takes what fits. A card with less memory, or a slower one: begin with the 1080p workflow.
 
 Decoding: {model.decode_seconds} s on that card. *T3 VAE Decode to Video* works in exact tiles of a size that fits the
 memory: 8 GiB were enough, and took 21 to 23 s. Frames and encoder take 3 to 4 GB of ordinary memory."""

@@ -45,7 +45,8 @@ def encode_frames(
             latents. If None, the one with the least work that fits the memory.
         progress: called with work done and work in all after every frame of a tile. May raise to cancel: the exception
             is passed on.
-        say: told in words what the encode resorts to; by default a line of the log.
+        say: told in words what the encode resorts to, and of frames that look as if they were in [-1, 1]; by default a
+            line of the log.
 
     Returns:
         Latents `[B, C, T, H/8, W/8]` (Wan2.2: `H/16, W/16`) on the CPU, float32 (float64 if the encoder's dtype is):
@@ -60,7 +61,8 @@ def encode_frames(
             arithmetic gives NaN.
     """
     structure = encoder.structure
-    check_frames(frames, structure)
+    say = say or logging.getLogger(__name__).warning
+    check_frames(frames, structure, say)
     batch, count, height, width, _ = frames.shape
     size = structure.latent_frames(count), height // structure.scale, width // structure.scale
     plan = make_down_plan(structure, size, encoder.device, encoder.dtype.itemsize, memory, tile)
@@ -68,7 +70,7 @@ def encode_frames(
     latents = torch.empty(batch, structure.latent_channels, *size, dtype=dtype)
     meter = Meter(progress, batch * size[1] * size[2] * (count + size[0]))
     for clip, found in zip(frames, latents, strict=True):
-        _Clip(encoder, clip, found, plan, meter, say or logging.getLogger(__name__).warning).encode()
+        _Clip(encoder, clip, found, plan, meter, say).encode()
     return latents
 
 

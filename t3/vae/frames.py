@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ..errors import T3Error
@@ -10,12 +12,15 @@ from .output import DTYPES, WHOLE_NUMBERS
 
 # Resizing with a sharp filter goes a little beyond [0, 1]; frames in [-1, 1] or 0 to 255 go far beyond.
 _BEYOND = 0.25
+# A filter does that to few pixels. More of them this far below black are told: it may be a clip in [-1, 1] that is
+# nowhere dark. One that stays above mid-grey looks like frames in [0, 1], and nothing can tell.
+_BELOW, _FEW = 0.02, 0.05
 
 
-def check_frames(frames: torch.Tensor, structure: DownStructure) -> None:
+def check_frames(frames: torch.Tensor, structure: DownStructure, say: Callable[[str], object]) -> None:
     """Raise T3Error unless `frames` can be encoded: `[B, frames, H, W, 3]` in [0, 1], of a legal size.
 
-    Looks at every pixel once, one frame at a time.
+    Looks at every pixel once, one frame at a time. `say` is told of frames that can be encoded and are suspect.
     """
     shape = tuple(frames.shape)
     if frames.ndim != 5:
@@ -37,7 +42,7 @@ def check_frames(frames: torch.Tensor, structure: DownStructure) -> None:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise T3Error(f"frames have dtype {frames.dtype}; frames are read as {names}.")
     if frames.is_floating_point():
-        _check_values(frames)
+        _check_values(frames, say)
 
 
 def as_input(pixels: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -74,9 +79,9 @@ def _check_size(shape: tuple[int, ...], structure: DownStructure) -> None:
         )
 
 
-def _check_values(frames: torch.Tensor) -> None:
+def _check_values(frames: torch.Tensor, say: Callable[[str], object]) -> None:
     shape = frames.shape
-    low, high = float("inf"), float("-inf")
+    low, high, below = float("inf"), float("-inf"), 0
     for clip in range(shape[0]):
         for number in range(shape[1]):
             least, most = (float(value) for value in frames[clip, number].aminmax())
@@ -84,6 +89,8 @@ def _check_values(frames: torch.Tensor) -> None:
                 where = f"frame {number}" + (f" of clip {clip}" if shape[0] > 1 else "")
                 raise T3Error(f"frames hold NaN or infinity in {where}, so there is no picture to encode.")
             low, high = min(low, least), max(high, most)
+            if least < -_BELOW:
+                below += int((frames[clip, number] < -_BELOW).sum())
     if low < -_BEYOND or high > 1 + _BEYOND:
         hint = "Scale them first"
         if high > 1 + _BEYOND and low >= -_BEYOND:
@@ -91,3 +98,8 @@ def _check_values(frames: torch.Tensor) -> None:
         elif low >= -1 - _BEYOND and high <= 1 + _BEYOND:
             hint = "If they are in [-1, 1], give (frames + 1) / 2"
         raise T3Error(f"frames reach from {low:g} to {high:g}; floats are taken as [0, 1]. {hint}.")
+    if below > _FEW * frames.numel():
+        say(
+            f"encode: {100 * below / frames.numel():.0f} % of the frames' values are below black, down to {low:.2g}. "
+            "They are taken as [0, 1] all the same; if they are in [-1, 1], give (frames + 1) / 2."
+        )

@@ -21,6 +21,8 @@ NAMES = {
         "wan2.2-ti2v-5b",
         "wan2.2-t2v-a14b",
         "wan2.2-i2v-a14b",
+        "wan2.1-vace-1.3b",
+        "wan2.1-vace-14b",
     ),
     VAE: ("wan2.1-vae", "wan2.2-vae"),
     TEXT: ("umt5-xxl",),
@@ -41,7 +43,8 @@ CANNOT_TELL = {
 }
 WIDTHS = {1536: "Wan2.1 1.3B", 3072: "Wan2.2 5B", 5120: "Wan 14B"}
 _SIZES = {(1536, 8960, 30): "1.3b", (3072, 14336, 30): "5b", (5120, 13824, 40): "14b"}
-PLAIN_KINDS = ("t2v", "i2v", "flf2v", "ti2v", "unknown")  # what the headless engine runs
+PLAIN_KINDS = ("t2v", "i2v", "flf2v", "ti2v", "unknown")
+HEADLESS_KINDS = (*PLAIN_KINDS, "vace")  # what the headless engine runs: diffusers has no class for the others
 # A key under one of these says that the transformer has parts of a family that is known by name only.
 OTHER_FAMILIES = {
     "casual_audio_encoder.": "wan-s2v",
@@ -90,6 +93,13 @@ def kind_of(config: dict[str, Any]) -> str:
     if into == out:
         return "ti2v" if out == 48 else "t2v"
     return "i2v" if into == 2 * out + 4 else "unknown"
+
+
+def not_headless(kind: str) -> str:
+    """Why a kind of model is none of `HEADLESS_KINDS`, and where it runs."""
+    takes = {"fun-control": "a control video", "fun-camera": "a camera path"}.get(kind)
+    why = f"It takes {takes}, which the headless engine has no way to give" if takes else "It does not run headless"
+    return f"{why}; use it in ComfyUI, where T3's nodes run it and put T3 weights and LoRAs on it."
 
 
 def transformer_name(config: dict[str, Any]) -> str:

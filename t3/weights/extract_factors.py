@@ -1,6 +1,9 @@
 """A change of one weight as a product of two thin matrices: how many columns it needs, and what is lost.
 
-Everything is float32, but for one sum of squares, where float32 would lose the small singular values.
+The columns are eigenvectors of the smaller Gram matrix: one large product and work on a small matrix, several times
+faster than a singular value decomposition. It squares the singular values: in float64 those of 1e-7 of the largest are
+kept; in float32, which is three times faster again, those of 3e-4, less than bfloat16 factors lose by their rounding.
+Whatever finds the columns, what is lost is measured on their product.
 """
 
 from __future__ import annotations
@@ -17,10 +20,9 @@ if TYPE_CHECKING:
 # What storing both factors in a format adds to the relative error, at most: rounding is at most 2^-9 (bfloat16) or
 # 2^-12 (float16) of each number, and a bit over half of that in the root mean square.
 ROUNDING = {"bfloat16": 0.003, "float16": 0.0004, "float32": 2e-7}
-# A sketch of a few columns is many times cheaper than all singular values, as long as they are few.
-_SKETCH_PART, _EXTRA, _PASSES = 16, 10, 3
-# Left and right factors, most important first, and for each number of columns the relative error that is left.
-Parts = tuple["torch.Tensor", "torch.Tensor", "list[float]"]
+_COARSE = 0.003  # rounding from which on a Gram matrix in float32 is as good as one in float64
+# A sketch of a few columns is many times cheaper than all eigenvectors, as long as they are few.
+_SKETCH_PART, _EXTRA, _PASSES = 16, 10, 4
 _CHUNK = 2**24  # elements that are converted to float64, or multiplied out, at once
 
 
@@ -45,8 +47,9 @@ def break_even(rows: int, columns: int) -> int:
 def by_rank(delta: torch.Tensor, rank: int, dtype: torch.dtype) -> Factors:
     """The nearest product of this rank (to a fraction of a per cent where it is found by a sketch)."""
     with exact_products():
-        left, right = _leading(delta, rank)
-        return _stored(delta, left, right, dtype)
+        change = _Change(delta, dtype)
+        basis, _ = change.sketch(rank) if rank <= change.few else change.all()
+        return change.stored(basis[:, :rank])
 
 
 def by_error(
@@ -59,91 +62,94 @@ def by_error(
     """
     if limit < 1:
         return None
-    # Cutting and rounding are independent, so their squares add up.
-    goal = math.sqrt(max(error**2 - ROUNDING[str(dtype).removeprefix("torch.")] ** 2, (error / 2) ** 2))
     with exact_products():
-        few = min(limit, min(delta.shape) // _SKETCH_PART)
-        found = _cut(delta, _sketch(delta, few), error, goal, few, dtype, best and few == limit) if few else None
+        change = _Change(delta, dtype)
+        few = min(limit, change.few)
+        found = _cut(change, *change.sketch(few), error, few, best and few == limit) if few else None
         if found is None and few < limit:
-            found = _cut(delta, _all(delta), error, goal, limit, dtype, best)
+            found = _cut(change, *change.all(), error, limit, best)
         return found
 
 
 def _cut(
-    delta: torch.Tensor, parts: Parts, error: float, goal: float, limit: int, dtype: torch.dtype, best: bool
+    change: _Change, basis: torch.Tensor, tail: list[float], error: float, limit: int, best: bool
 ) -> Factors | None:
     """The first columns that are enough; see `by_error` for where they are not."""
-    left, right, tail = parts
+    # Cutting and rounding are independent, so their squares add up.
+    goal = math.sqrt(max(error**2 - change.rounding**2, (error / 2) ** 2))
     rank = next((r for r in range(1, len(tail)) if tail[r] <= goal), None)
     while rank is not None and rank <= limit:
-        found = _stored(delta, left[:, :rank], right[:rank], dtype)
+        found = change.stored(basis[:, :rank])
         if found.error <= error:
             return found
         rank += 1 + rank // 50
-    return _stored(delta, left[:, :limit], right[:limit], dtype) if best else None
+    return change.stored(basis[:, :limit]) if best else None
 
 
-def _leading(delta: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    if rank <= min(delta.shape) // _SKETCH_PART:
-        left, right, _ = _sketch(delta, rank)
-    else:
-        left, right, _ = _all(delta)
-    return left[:, :rank], right[:rank]
+class _Change:
+    """One change and its Gram matrix, scaled to a trace of 1 so that no square overflows or vanishes.
 
-
-def _sketch(delta: torch.Tensor, rank: int) -> Parts:
-    """About the first `rank` singular vectors, by the randomised range finder (Halko, Martinsson, Tropp 2011)."""
-    import torch
-
-    columns = min(*delta.shape, rank + _EXTRA + rank // 4)
-    generator = torch.Generator().manual_seed(0)  # on the CPU: the same start on every device
-    start = torch.randn(delta.shape[1], columns, generator=generator).to(delta.device)
-    basis = torch.linalg.qr(delta @ start).Q
-    for _ in range(_PASSES):
-        basis = torch.linalg.qr(delta @ torch.linalg.qr(delta.T @ basis).Q).Q
-    small, sizes, right = torch.linalg.svd(basis.T @ delta, full_matrices=False)
-    left = basis @ small
-    # What the basis misses is measured, not taken as a difference of two sums of nearly the same size.
-    missed = _distance(delta, left * sizes, right) ** 2
-    return left * sizes, right, _tails(sizes.double() ** 2, missed, _norm(delta) ** 2)
-
-
-def _all(delta: torch.Tensor) -> Parts:
-    """All singular vectors, from the eigenvectors of the smaller Gram matrix.
-
-    Several times faster than an SVD. The Gram matrix squares the singular values, so float64 is what keeps those of
-    1e-7 of the largest.
+    `sketch` and `all` give orthonormal columns, most important first, and for each number of them the relative error
+    that is left.
     """
-    import torch
 
-    tall = delta if delta.shape[0] >= delta.shape[1] else delta.T
-    gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=delta.device)
-    for rows in tall.split(max(1, _CHUNK // tall.shape[1])):
-        wide = rows.double()
-        gram.addmm_(wide.T, wide)
-    squares, vectors = torch.linalg.eigh(gram)
-    del gram
-    squares, basis = squares.flip(0).clamp_min(0), vectors.flip(1).float()
-    projected = tall @ basis
-    tails = _tails(squares, 0.0, float(squares.sum()))
-    return (projected, basis.T, tails) if tall is delta else (basis, projected.T, tails)
+    def __init__(self, delta: torch.Tensor, dtype: torch.dtype) -> None:
+        import torch
+
+        self.delta, self.dtype = delta, dtype
+        self.rounding = ROUNDING[str(dtype).removeprefix("torch.")]
+        self.size = _norm(delta)
+        self.few = min(delta.shape) // _SKETCH_PART
+        self.is_tall = delta.shape[0] >= delta.shape[1]
+        self.tall = delta if self.is_tall else delta.T
+        work = torch.float32 if self.rounding >= _COARSE else torch.float64
+        width = self.tall.shape[1]
+        self.gram = torch.zeros(width, width, dtype=work, device=delta.device)
+        for rows in self.tall.split(max(1, _CHUNK // width)):
+            scaled = rows.to(work) / (self.size or 1.0)
+            self.gram.addmm_(scaled.T, scaled)
+
+    def sketch(self, count: int) -> tuple[torch.Tensor, list[float]]:
+        """About the first `count` of `all`, by subspace iteration (Halko, Martinsson, Tropp 2011)."""
+        import torch
+
+        width = len(self.gram)
+        columns = min(width, count + _EXTRA + count // 4)
+        generator = torch.Generator().manual_seed(0)  # on the CPU: the same start on every device
+        basis = torch.randn(width, columns, generator=generator).to(self.gram)
+        for _ in range(_PASSES):
+            basis = torch.linalg.qr(self.gram @ basis).Q
+        squares, turn = torch.linalg.eigh(basis.T @ (self.gram @ basis))
+        missed = float(self.gram.trace() - squares.sum())
+        return (basis @ turn.flip(1)).float(), _tails(squares, missed)
+
+    def all(self) -> tuple[torch.Tensor, list[float]]:
+        """All of them."""
+        import torch
+
+        squares, basis = torch.linalg.eigh(self.gram)
+        return basis.flip(1).float(), _tails(squares, 0.0)
+
+    def stored(self, basis: torch.Tensor) -> Factors:
+        """The change as far as `basis` goes, as two factors in the stored format.
+
+        Both are of the same size, column by column, which is where formats round best.
+        """
+        import torch
+
+        projected = self.tall @ basis
+        # A column of no length (a rank above that of the change) stays zero.
+        half = torch.linalg.vector_norm(projected, dim=0, dtype=torch.float64).clamp_min(1e-30).sqrt().float()
+        projected, basis = (projected / half).to(self.dtype), (basis * half).to(self.dtype)
+        up, down = (projected, basis.T) if self.is_tall else (basis, projected.T)
+        error = _distance(self.delta, up.float(), down.float()) / self.size if self.size else 0.0
+        return Factors(up, down, error)
 
 
-def _tails(squares: torch.Tensor, missed: float, total: float) -> list[float]:
-    left = squares.flip(0).cumsum(0).flip(0)
-    values = [*left.tolist(), 0.0]
-    return [math.sqrt((value + missed) / total) if total else 0.0 for value in values]
-
-
-def _stored(delta: torch.Tensor, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> Factors:
-    """Both factors at the same size, column by column, which is where formats round best; and the error they have."""
-    a, b = left.norm(dim=0), right.norm(dim=1)
-    # A column of no length (a rank above that of the change) stays zero.
-    tiny = 1e-30
-    up = (left * (b / a.clamp_min(tiny)).sqrt()).to(dtype)
-    down = (right * (a / b.clamp_min(tiny)).sqrt()[:, None]).to(dtype)
-    size = _norm(delta)
-    return Factors(up, down, _distance(delta, up.float(), down.float()) / size if size else 0.0)
+def _tails(squares: torch.Tensor, missed: float) -> list[float]:
+    """Relative error after each number of columns. `squares`: ascending, of a sum of 1 with what was missed."""
+    left = squares.double().clamp_min(0).cumsum(0).flip(0)
+    return [math.sqrt(max(0.0, value + missed)) for value in [*left.tolist(), 0.0]]
 
 
 def _distance(delta: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> float:

@@ -76,7 +76,7 @@ class Fingerprint:
 
 
 def fingerprint(model: str, names: Iterable[str], read: Callable[[str], torch.Tensor]) -> Fingerprint | None:
-    """The fingerprint of a transformer; None when it lacks the tensors that make it up.
+    """The fingerprint of a transformer; None when it lacks the tensors that make it up, or has them as packed bytes.
 
     Args:
         model: what the base is called (`Identity.model`).
@@ -89,8 +89,11 @@ def fingerprint(model: str, names: Iterable[str], read: Callable[[str], torch.Te
     blocks = [i * layers // count for i in range(count)]
     if not count or any(f"blocks.{i}.{tensor}" not in present for i in blocks for tensor in TENSORS):
         return None
-    samples = [[x for i in blocks for x in _places(read(f"blocks.{i}.{tensor}"))] for tensor in TENSORS]
-    width = read(f"blocks.0.{TENSORS[0]}").shape[-1]
+    found = [[read(f"blocks.{i}.{tensor}") for i in blocks] for tensor in TENSORS]
+    if not all(tensor.is_floating_point() for row in found for tensor in row):
+        return None
+    samples = [[x for tensor in row for x in _places(tensor)] for row in found]
+    width = found[0][0].shape[-1]
     return Fingerprint(model, width, layers, tuple(tuple(row) for row in samples))
 
 

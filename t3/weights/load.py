@@ -5,6 +5,7 @@ The models equal `from_pretrained(torch_dtype=...)`: parameters in `dtype`, exce
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from .tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel, WanVACETransformer3DModel
     from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 
@@ -57,20 +58,27 @@ def _without_weights(build: Any) -> Any:
         return build()
 
 
-def load_transformer(path: str | Path, *, dtype: torch.dtype) -> WanTransformer3DModel:
-    """Load a Wan transformer from original or diffusers names; eval mode, on the CPU.
+def transformer_class(config: Mapping[str, Any]) -> type[WanTransformer3DModel] | type[WanVACETransformer3DModel]:
+    """The library's class for a transformer of this config."""
+    from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
+
+    return WanVACETransformer3DModel if "vace_layers" in config else WanTransformer3DModel
+
+
+def load_transformer(path: str | Path, *, dtype: torch.dtype) -> WanTransformer3DModel | WanVACETransformer3DModel:
+    """Load a Wan transformer, plain or VACE, from original or diffusers names; eval mode, on the CPU.
 
     Args:
         path: a .safetensors file, an index, or a folder.
         dtype: of the parameters; time embedding, modulation tables and norms stay float32 as diffusers keeps them.
 
     Raises:
-        T3Error: not a whole, plain Wan transformer.
+        T3Error: not a whole Wan transformer of a kind that the library has a class for.
     """
     file, found = _open(path, DIT, "--dit")
-    from diffusers import WanTransformer3DModel
-
-    model = _without_weights(lambda: WanTransformer3DModel.from_config(found.config))
+    assert found.config is not None
+    cls, config = transformer_class(found.config), found.config
+    model = _without_weights(lambda: cls.from_config(config))
     model.load_state_dict(_state(file, found, dtype, model._keep_in_fp32_modules or []), strict=True, assign=True)
     return model.eval()
 

@@ -10,12 +10,13 @@ from .adapter_file import is_adapter
 from .adapter_identity import identify_adapter
 from .catalogue import (
     CANNOT_TELL,
+    HEADLESS_KINDS,
     LATENT_KEYS,
-    PLAIN_KINDS,
     family_of,
     kind_of,
     latent_statistics,
     name_of,
+    not_headless,
     transformer_name,
 )
 from .dialects import DIT, VAE, Names, looks_like, read_names
@@ -30,7 +31,7 @@ from .scales import companion_of
 
 # A config.json beside the weights counts only if diffusers wrote it for the class we build; what it may add are facts
 # that shapes cannot show.
-_CLASSES = ("WanTransformer3DModel", "AutoencoderKLWan")
+_CLASSES = ("WanTransformer3DModel", "WanVACETransformer3DModel", "AutoencoderKLWan")
 
 
 def layout_of(component: str, config: dict[str, Any]) -> Layout:
@@ -71,7 +72,7 @@ def _identify_full(file: WeightFile) -> Identity:
         found.model, found.kind = family, family.removeprefix("wan-")
         found.problem = (
             f"{file.path} is a {family} model, known here by name only: {len(bare)} of its tensors are placed nowhere. "
-            "Only plain Wan text- and image-to-video models run headless so far; use it in ComfyUI."
+            "It does not run headless; use it in ComfyUI."
         )
         return found
     try:
@@ -92,11 +93,8 @@ def _say_where_it_runs(file: WeightFile, found: Identity) -> None:
     found.kind = kind_of(found.config)
     if found.model in CANNOT_TELL:
         found.notes.append(CANNOT_TELL[found.model])
-    if found.kind not in PLAIN_KINDS:
-        found.elsewhere = (
-            f"{file.path} is a {found.model} model. Only plain Wan text- and image-to-video models run headless so "
-            "far; use it in ComfyUI."
-        )
+    if found.kind not in HEADLESS_KINDS:
+        found.elsewhere = f"{file.path} is a {found.model} model. {not_headless(found.kind)}"
     elif file.container == "gguf":
         found.elsewhere = (
             f"{file.path} is a GGUF file, whose quantised tensors are not read headless. Use the bf16, fp16 or "
@@ -118,6 +116,8 @@ def _config(file: WeightFile, names: Names, shapes: dict[str, tuple[int, ...]], 
                 raise ValueError(f"{heads} heads do not divide the width {found.width}")
             config.update(num_attention_heads=heads, attention_head_dim=found.width // heads)
         config.update({key: beside[key] for key in ("eps", "rope_max_seq_len") if key in beside})
+        if "vace_layers" in config and "vace_layers" in beside:
+            config["vace_layers"] = _vace_layers(beside["vace_layers"], config)
     elif names.component == VAE:
         config = vae_config(shapes)
         statistics: dict[str, Any] = {key: beside[key] for key in LATENT_KEYS if key in beside}
@@ -132,6 +132,15 @@ def _config(file: WeightFile, names: Names, shapes: dict[str, tuple[int, ...]], 
         config = text_config(shapes)
     found.model = transformer_name(config) if names.component == DIT else name_of(names.component, config) or "custom"
     return config
+
+
+def _vace_layers(stated: Any, config: dict[str, Any]) -> list[int]:
+    """Where the VACE blocks join, as a config.json states it; the weights do not say."""
+    count, layers = len(config["vace_layers"]), config["num_layers"]
+    fits = isinstance(stated, list) and len(stated) == count and all(isinstance(layer, int) for layer in stated)
+    if not (fits and stated == sorted(set(stated)) and stated[0] == 0 and stated[-1] < layers):
+        raise ValueError(f"its config.json has vace_layers {stated}, not {count} rising numbers from 0 to {layers - 1}")
+    return stated
 
 
 def _heads(file: WeightFile, beside: dict[str, Any]) -> int | None:

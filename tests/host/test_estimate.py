@@ -9,7 +9,7 @@ import pytest
 import torch
 from host_runs import sample, text_conds, transformer_options, with_t3
 
-from t3.cost import ModelShape, activation_bytes
+from t3.memory import BlockShape, Share, block_bytes, plain_block_bytes, shares
 
 NOISE_4K = [1, 16, 21, 272, 480]
 # What matters to memory in the 1.3B model; one layer is enough, since layers come one after the other.
@@ -40,23 +40,49 @@ def asked(pack, monkeypatch):
     return ask
 
 
-def test_the_host_reserves_what_t3_needs(pack, model, asked):
-    shape = ModelShape(layers=1, dim=1536, ffn_dim=8960, heads=12)
-    needed = activation_bytes(shape, 21 * 136 * 240, element=4)
+BLOCK_4K = BlockShape(1536, 8960, 12, 1, 21 * 136 * 240, 4)
+
+
+@pytest.mark.parametrize(("mode", "share"), [("fast", Share()), ("lean", shares(12)[-1])])
+def test_the_host_reserves_what_t3_needs(pack, model, asked, mode, share):
+    """A block, the rotations beside it, and what a sampler holds."""
+    needed = block_bytes(BLOCK_4K, share)
     before = asked(model)
-    most, least = asked(with_t3(pack, model)[0])
-    assert 1.0 * needed <= least <= 1.15 * needed
+    most, least = asked(with_t3(pack, model, memory=mode)[0])
+    assert 1.1 * needed <= least <= 1.35 * needed
     assert least < most <= before[0]
     assert asked(model) == before
+
+
+def test_auto_reserves_for_the_fastest_way_that_fits_the_card(pack, model, asked, monkeypatch):
+    import comfy.model_management
+
+    reserved = []
+    for gib in (12, 22, 28, 96):
+        monkeypatch.setattr(comfy.model_management, "get_total_memory", lambda *_, gib=gib, **__: gib * 2**30)
+        reserved.append(asked(with_t3(pack, model)[0])[1])
+    lean, fast = (asked(with_t3(pack, model, memory=mode)[0])[1] for mode in ("lean", "fast"))
+    assert reserved[0] == lean and reserved[-1] == fast
+    assert reserved == sorted(set(reserved))
+    assert all(needed < 0.93 * gib * 2**30 for needed, gib in zip(reserved[1:], (22, 28, 96), strict=True))
+
+
+def test_compiled_blocks_are_whole_and_reserved_for(pack, model, asked):
+    from comfy_extras.nodes_torch_compile import TorchCompileModel
+
+    patched = with_t3(pack, model, memory="fast")[0]
+    compiled = TorchCompileModel.execute(patched, "inductor").result[0]
+    assert asked(compiled)[1] > 1.1 * plain_block_bytes(BLOCK_4K) > 1.5 * asked(patched)[1]
 
 
 def test_context_windows_and_t3_in_any_order(pack, model, asked):
     from test_composition import context_windows
 
-    first = asked(context_windows(with_t3(pack, model)[0]))
-    second = asked(with_t3(pack, context_windows(model))[0])
+    first = asked(context_windows(with_t3(pack, model, memory="fast")[0]))
+    second = asked(with_t3(pack, context_windows(model), memory="fast")[0])
     assert first == pytest.approx(second, rel=0.01)
-    assert first[1] == pytest.approx(asked(with_t3(pack, model)[0], [1, 16, 4, 272, 480])[1], rel=0.01)
+    alone = asked(with_t3(pack, model, memory="fast")[0], [1, 16, 4, 272, 480])
+    assert first[1] == pytest.approx(alone[1], rel=0.01)
 
 
 def test_condition_and_negative_share_a_batch_only_where_it_pays(pack, model):

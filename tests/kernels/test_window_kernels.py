@@ -155,6 +155,54 @@ def test_grouped_and_merged_is_what_it_was(device, window_group, window_merge):
     assert torch.equal(window_merge(window_group(x, rows), rows, 2), x)
 
 
+@pytest.mark.parametrize("heads", [slice(0, 1), slice(1, 3)], ids=["one head", "two heads"])
+@pytest.mark.parametrize("what", ["norm and turn", "neither"])
+@pytest.mark.parametrize(("grid", "partition"), GRIDS)
+def test_group_in_parts_into_tensors_that_are_there(device, window_group, grid, partition, heads, what):
+    """Some heads and some tokens at a time, the norm's root handed in: what all at once would give."""
+    tokens, head_dim = grid[0] * grid[1] * grid[2], 64
+    x = random(2, tokens, 3 * head_dim, device=device)
+    weight = random(3 * head_dim, device=device, seed=1)
+    tables = turns(tokens, head_dim, device)
+    rows = list(token_rows(grid, partition, 2, torch.device(device)))
+    arguments = (weight, 1e-6, *tables) if what != "neither" else ()
+    truth = group_naive.window_group(x.double(), rows, *arguments)
+    channels = slice(heads.start * head_dim, heads.stop * head_dim)
+    width = channels.stop - channels.start
+    # A place in the middle of wider rows, as the slots of some heads are.
+    stores = [random(2, tokens, width + 16, device=device, seed=9) for _ in rows]
+    before = [store.clone() for store in stores]
+    inverse = torch.rsqrt(x.pow(2).mean(-1) + 1e-6)
+    cut = tokens // 2 + 1
+    for some in (slice(0, cut), slice(cut, tokens)):
+        outs = [
+            store[:, some, 8 : 8 + width] if at is None else store.flatten(0, 1)[:, 8 : 8 + width]
+            for store, at in zip(stores, rows, strict=True)
+        ]
+        more = {}
+        if what != "neither":
+            cos, sin = (table[:, some] for table in tables)
+            more = {"weight": weight[channels], "cos": cos, "sin": sin, "inverse": inverse[:, some]}
+        at = [None if to is None else to[:, some] for to in rows]
+        assert window_group(x[:, some, channels], at, outs=outs, **more) is outs
+    for store, old, exact in zip(stores, before, truth, strict=True):
+        close(store[..., 8 : 8 + width].flatten(0, 1), exact[:, channels], torch.float32)
+        assert torch.equal(store[..., :8], old[..., :8]) and torch.equal(store[..., -8:], old[..., -8:])
+
+
+@pytest.mark.parametrize("width", [64, 192, 320])
+@pytest.mark.parametrize(("grid", "partition"), GRIDS)
+def test_merge_into_a_slot(device, window_merge, grid, partition, width):
+    rows = list(token_rows(grid, partition, 2, torch.device(device)))
+    tokens = grid[0] * grid[1] * grid[2]
+    parts = [random(2 * tokens, width, device=device, seed=seed) for seed in range(len(rows))]
+    store = random(2, tokens, width + 16, device=device, seed=9)
+    before = store.clone()
+    window_merge(parts, rows, 2, out=store[..., 8 : 8 + width])
+    assert torch.equal(store[..., 8 : 8 + width], merge_naive.window_merge(parts, rows, 2))
+    assert torch.equal(store[..., :8], before[..., :8]) and torch.equal(store[..., -8:], before[..., -8:])
+
+
 @pytest.fixture
 def poisoned():
     """New memory is full of NaN."""

@@ -1,0 +1,96 @@
+"""What a VACE model is given beside the prompt: a video, and a mask of what of it is to be made, as latents.
+
+diffusers' pipeline makes them of pixels in float32 and encodes them untiled, tens of gigabytes at 4K; here they are
+encoded in exact tiles. Layout of the published code: the latents of what is kept, those of what is made over, the mask.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import AutoencoderKLWan, WanVACEPipeline
+
+from .images import load_image
+from .vae import WanEncoder, encode_frames
+
+if TYPE_CHECKING:
+    from .jobs import Clip
+
+# Where there is no picture stands the middle of the range, as VACE was trained: 0 in [-1, 1], here to 1.5e-5.
+_GREY = 32768
+
+
+class VacePipeline(WanVACEPipeline):
+    """diffusers' pipeline, which is handed finished latents and a finished mask as `video` and `mask`."""
+
+    def preprocess_conditions(self, video, mask, *_, **__) -> tuple[torch.Tensor, torch.Tensor, list[list]]:
+        """Both as they are, and no reference images."""
+        return video, mask, [[]]
+
+    def prepare_video_latents(self, video, *_, **__) -> torch.Tensor:
+        """Prepared before."""
+        return video
+
+    def prepare_masks(self, mask, *_, **__) -> torch.Tensor:
+        """Prepared before."""
+        return mask
+
+
+class Control:
+    """Makes what a clip's model is given. That of the last clip is kept: prompts of one size and image share it."""
+
+    def __init__(self, vae: AutoencoderKLWan, device: torch.device) -> None:
+        """vae: on any device; its encoder's weights are copied to `device` for as long as they are needed."""
+        self.vae, self.device = vae, device
+        self._last: tuple[Any, dict[str, torch.Tensor]] = (None, {})
+
+    def of(self, clip: Clip) -> dict[str, torch.Tensor]:
+        """`video` `[1, 2 * C, T, h, w]` and `mask` `[1, 64, T, h, w]` for `VacePipeline`, in float32 on the device.
+
+        Without an image everything is to be made. With one the clip's first frame is kept, and its last where it has an
+        image for it. A latent frame's mask is that of the frame in its middle, as published: the model knows kept
+        frames by their latents.
+        Raises `T3Error` for an image that cannot be read, or where memory does not suffice for the encode.
+        """
+        key = clip.height, clip.width, clip.frames, clip.image, clip.last_image
+        if self._last[0] != key:
+            self._last = key, self._make(clip)
+        return self._last[1]
+
+    def _make(self, clip: Clip) -> dict[str, torch.Tensor]:
+        encoder = WanEncoder.from_state_dict(self.vae.state_dict(), self.device, self.vae.dtype)
+        grey = torch.tensor(_GREY, dtype=torch.uint16).expand(1, clip.frames, clip.height, clip.width, 3)
+        made = self._encoded(encoder, grey)
+        kept = self._encoded(encoder, kept_frames(clip)) if clip.image else made
+        _, _, frames, height, width = made.shape
+        middles = (torch.arange(frames) + 0.5) * (clip.frames / frames)
+        mask = frame_mask(clip)[middles.long()].to(self.device)
+        scale = encoder.structure.scale
+        return {
+            "video": torch.cat([kept, made], dim=1),
+            "mask": mask.view(1, 1, -1, 1, 1).expand(1, scale**2, frames, height, width),
+        }
+
+    def _encoded(self, encoder: WanEncoder, frames: torch.Tensor) -> torch.Tensor:
+        mean, std = (torch.tensor(self.vae.config[f"latents_{name}"]).view(1, -1, 1, 1, 1) for name in ("mean", "std"))
+        return ((encode_frames(encoder, frames).float() - mean) / std).to(self.device)
+
+
+def frame_mask(clip: Clip) -> torch.Tensor:
+    """`[frames]`: 0 for those that are kept, the first and the last where there are images for them; 1 for others."""
+    mask = torch.ones(clip.frames)
+    for frame, path in ((0, clip.image), (-1, clip.last_image)):
+        if path:
+            mask[frame] = 0
+    return mask
+
+
+def kept_frames(clip: Clip) -> torch.Tensor:
+    """`[1, frames, H, W, 3]` in uint16: the clip's images where they stand, and grey everywhere else."""
+    frames = torch.full((1, clip.frames, clip.height, clip.width, 3), _GREY, dtype=torch.uint16)
+    for frame, path in ((0, clip.image), (-1, clip.last_image)):
+        if path:
+            pixels = torch.frombuffer(bytearray(load_image(path, clip.height, clip.width).tobytes()), dtype=torch.uint8)
+            frames[0, frame] = (pixels.view(clip.height, clip.width, 3).int() * 257).to(torch.uint16)
+    return frames
