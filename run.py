@@ -21,12 +21,16 @@ USAGE = """usage: python3 run.py COMMAND [ARGUMENTS]
   inspect    what a file of weights is, and which of its keys have no place (python -m t3.inspect)
   convert    weights under the names of another program (python -m t3.convert)
   extract    a tuned model as a LoRA for the model it was tuned from (python -m t3.extract)
+  retrofit   tune a model to T3, or train one (python -m t3.retrofit)
   backends   which attention kernels this machine can use (python -m t3.backends)
+  bench      how fast this machine is at it, beside other implementations (python -m t3.bench)
   test       lint, types and all tests; ARGUMENTS go to pytest
 """
 HOST = "tests/host/install.py"  # brings the ComfyUI that the tests run against
 EXTRAS = {
     **dict.fromkeys(("generate", "decode", "inspect", "convert", "extract", "backends"), "generate"),
+    "bench": "bench",
+    "retrofit": "train",
     "test": "test",
 }
 

@@ -26,6 +26,9 @@ import decode_4k
 import host_comfy
 import torch
 
+from t3.bench.decode import LATENT_FRAMES, random_latents
+from t3.bench.machine import machine
+
 CANCEL_AFTER = 4.0  # seconds
 
 
@@ -112,12 +115,9 @@ def main() -> None:
     options = parser.parse_args()
     pack = host_comfy.load(options.comfyui.resolve(), cpu=False)
     node = pack.nodes.vae_decode.T3VAEDecodeToVideo
-    channels, height, width = decode_4k.VAES["2.1"]
-    if options.tiny:
-        height, width = height // 4, width // 4
-    latents = torch.randn(1, channels, decode_4k.LATENT_FRAMES, height, width)
+    latents = random_latents("2.1", LATENT_FRAMES, 4 if options.tiny else 1)
     samples = {"samples": latents}
-    results: dict = {"machine": decode_4k.machine()}
+    results: dict = {"machine": machine(decode_4k.DEVICE) | {"command": " ".join(sys.argv)}}
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as patches:
         vae = decode_4k.host_vae(decode_4k.weights("2.1", False), torch.bfloat16)
         node.execute({"samples": latents[:, :, :2, :16, :16]}, vae, 30.0)  # kernels are compiled, libraries loaded

@@ -1,0 +1,219 @@
+"""Clips to latents and text embeddings, once: the model's own encoders, the exact encode, shards to go on from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..decoder import frame_count
+from ..jobs import Clip as SampledClip
+from ..jobs import Options
+from ..pipeline import DTYPES, Engine, _assemble, pick_device, pick_dtype
+from ..plan import Grid, Plan
+from ..prompts import Prompt
+from ..sources import Sources
+from ..vae import WanEncoder, encode_frames
+from .buckets import NoBucket, choose
+from .clips import BadClip, Clip, inspect_clip, read_clip
+from .shards import ShardWriter
+
+Say = Callable[[str], None]
+NAMED = 10  # faults that are named on the screen; all of them are in the index
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How clips are encoded: sizes in pixels, lengths in frames, at `fps` or as they are."""
+
+    sizes: tuple[tuple[int, int], ...]
+    frames: tuple[int, ...]
+    fps: float | None = None
+    upscale: bool = False
+    text_tokens: int = 512
+    missing_captions: str = "skip"
+    memory: int | None = None
+
+
+@dataclass
+class Tally:
+    """What became of the clips. `skipped` and `without_caption` by source."""
+
+    encoded: int = 0
+    before: int = 0
+    skipped: dict[str, str] = field(default_factory=dict)
+    without_caption: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """For people: counts, and the first of each kind of fault by name."""
+        lines = [f"{self.encoded} clips encoded" + (f", {self.before} were done before" if self.before else "")]
+        if self.skipped:
+            lines.append(f"{len(self.skipped)} skipped:")
+            lines += [f"  {source}: {reason}" for source, reason in list(self.skipped.items())[:NAMED]]
+        if self.without_caption:
+            names = ", ".join(self.without_caption[:NAMED])
+            lines.append(f"{len(self.without_caption)} without a caption: {names}")
+        for faults in (self.skipped, self.without_caption):
+            if len(faults) > NAMED:
+                lines.append(f"  and {len(faults) - NAMED} more")
+        return lines
+
+
+class Encoders:
+    """A model's VAE encoder and text encoder. `mark` tells their weights from others'."""
+
+    def __init__(self, sources: Sources, options: Options, text_tokens: int) -> None:
+        self.device = pick_device(options.device)
+        dtype = DTYPES[pick_dtype(options.dtype, self.device)]
+        pipe = _assemble(sources, [None], dtype, options.shift)
+        self.vae = pipe.vae
+        self.encoder = WanEncoder.from_state_dict(self.vae.state_dict(), self.device, dtype)
+        self._texts = _TextEncoder(pipe, self.device, text_tokens)
+        self.mark = _mark(self.encoder, pipe.text_encoder)
+
+    def latents(self, frames: torch.Tensor, memory: int | None, say: Say) -> torch.Tensor:
+        """Latents `[C, T, H, W]` in the model's space of frames uint8 `[1, frames, H, W, 3]`."""
+        return normalised(encode_frames(self.encoder, frames, memory=memory, say=say), self.vae)[0]
+
+    def text(self, caption: str) -> torch.Tensor:
+        """The embedding `[tokens, text_dim]` of a caption, as the pipeline computes it, without its padding."""
+        return self._texts(caption)
+
+
+class _TextEncoder:
+    """The pipeline's text encoding; captions that were seen are kept, since many clips may share one."""
+
+    def __init__(self, pipe: Any, device: torch.device, tokens: int) -> None:
+        self.pipe, self.device, self.tokens = pipe, device, tokens
+        pipe.text_encoder.to(device)
+        self.known: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, caption: str) -> torch.Tensor:
+        if caption not in self.known:
+            embeds, _ = self.pipe.encode_prompt(
+                caption, do_classifier_free_guidance=False, max_sequence_length=self.tokens, device=self.device
+            )
+            used = embeds[0].any(dim=-1).nonzero()
+            self.known[caption] = embeds[0, : int(used[-1]) + 1 if len(used) else 1].cpu()
+            if len(self.known) > 10_000:
+                self.known.pop(next(iter(self.known)))
+        return self.known[caption]
+
+
+def normalised(latents: torch.Tensor, vae: Any) -> torch.Tensor:
+    """Latents in the VAE's space `[B, C, T, H, W]` as the transformer takes them: (latents - mean) / deviation."""
+    mean, deviation = (
+        torch.tensor(vae.config[name], dtype=latents.dtype).view(1, -1, 1, 1, 1)
+        for name in ("latents_mean", "latents_std")
+    )
+    return (latents - mean) / deviation
+
+
+def _mark(*modules: torch.nn.Module) -> str:
+    """A short hash of a few numbers of each module, by which other weights are noticed."""
+    sums = hashlib.sha256()
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items())[::7]:
+            values = tensor.detach().flatten()[:16].float().cpu().tolist()
+            sums.update(f"{name} {tuple(tensor.shape)} {[f'{x:.4g}' for x in values]}".encode())
+    return sums.hexdigest()[:16]
+
+
+def encode_clips(
+    clips: Sequence[Clip], encoders: Encoders, writer: ShardWriter, asked: Asked, say: Say, watch: Callable = iter
+) -> Tally:
+    """Encode all clips that `writer` does not have yet. A clip that cannot be used is skipped, counted and named."""
+    done, tally = writer.done, Tally()
+    for clip in watch(clips):
+        if clip.source in done:
+            tally.before += 1
+            continue
+        if clip.caption is None:
+            tally.without_caption.append(clip.source)
+            if asked.missing_captions == "skip":
+                continue
+        try:
+            video, count = inspect_clip(clip.path, asked.fps)
+            bucket = choose(video.height, video.width, count, asked.sizes, asked.frames, asked.upscale)
+            frames = read_clip(clip.path, bucket, asked.fps)
+        except (BadClip, NoBucket) as error:
+            tally.skipped[clip.source] = str(error)
+            writer.skip(clip.source, str(error))
+            continue
+        writer.add(
+            encoders.latents(frames, asked.memory, say),
+            encoders.text(clip.caption or ""),
+            caption=clip.caption or "",
+            source=clip.source,
+            frames=bucket.frames,
+            height=bucket.height,
+            width=bucket.width,
+            fps=asked.fps or video.fps,
+        )
+        tally.encoded += 1
+    return tally
+
+
+def sample_clips(
+    prompts: Iterable[Prompt],
+    sources: Sources,
+    writer: ShardWriter,
+    options: Options,
+    like: SampledClip,
+    fps: float,
+    text_tokens: int,
+    say: Say,
+) -> Tally:
+    """The model's own clips, sampled with dense attention, as a data set. `like` has what is the same for all."""
+    tally, done = Tally(), writer.done
+    todo = [(number, prompt) for number, prompt in enumerate(prompts) if prompt.name not in done]
+    grid = Grid.from_video(like.frames, like.height, like.width, sources.pixels_per_token)
+    engine = Engine.load(sources, Plan.preset("dense"), options, grid, say)
+    encoder = _TextEncoder(engine.pipe, engine.device, text_tokens)
+    writer.empty_text(encoder(""))
+    for number, prompt in todo:
+        seed = like.seed + number if prompt.seed is None else prompt.seed
+        latents = engine.sample(replace(like, prompt=prompt.text, seed=seed))
+        writer.add(
+            normalised(latents, engine.vae)[0],
+            encoder(prompt.text),
+            caption=prompt.text,
+            source=prompt.name,
+            frames=frame_count(latents.shape[2]),
+            height=like.height,
+            width=like.width,
+            fps=fps,
+        )
+        tally.encoded += 1
+        say(f"sampled {prompt.name}")
+    return tally
+
+
+def with_bar(what: str) -> Callable[[Sequence[Any]], Iterator[Any]]:
+    """Something to pass a sequence through that shows how far it is, on standard error."""
+    from tqdm import tqdm
+
+    return lambda items: iter(tqdm(items, desc=what, unit="clip"))
+
+
+def folder_facts(asked: Asked, mark: str) -> dict[str, Any]:
+    """What a data set's index says of how it was encoded."""
+    return {
+        "sizes": [f"{height}x{width}" for height, width in asked.sizes],
+        "frames": list(asked.frames),
+        "fps": asked.fps,
+        "encoders": mark,
+    }
+
+
+def target(folder: str | Path, facts: dict[str, Any], retry: bool) -> ShardWriter:
+    """The data set to write to, new or to be continued; `retry` forgets which sources were skipped."""
+    writer = ShardWriter(folder, facts=facts)
+    if retry:
+        writer.index["skipped"] = []
+    return writer

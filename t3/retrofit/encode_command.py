@@ -1,0 +1,123 @@
+"""`python -m t3.retrofit encode`: clips, or the model's own samples, to a data set for training."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..cli import quiet_libraries, run, say
+from ..errors import T3Error
+from .buckets import check_buckets, parse_size
+from .clips import list_clips
+
+if TYPE_CHECKING:
+    from ..sources import Sources
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parse, run, and return the exit status."""
+    args = build_parser().parse_args(arguments)
+    return run("t3.retrofit encode", lambda: encode(args), as_json=False)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="t3.retrofit encode",
+        description="Encode clips, once, to what training reads. Run again with the same settings to go on.",
+    )
+    parser.add_argument(
+        "clips", nargs="?", help="folder with captions as .txt beside the clips, or .csv, .jsonl, .json"
+    )
+    parser.add_argument("--own-samples", metavar="PROMPTS", help="instead: sample the prompts of a file, densely")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="the data set")
+    parser.add_argument("--model", help="diffusers folder or hub id; its VAE and text encoder are used")
+    for part in ("dit", "vae", "text-encoder", "tokenizer"):
+        parser.add_argument(f"--{part}", metavar="FILE", help="as in t3.generate, in place of --model")
+    parser.add_argument("--size", action="append", metavar="HxW", help="a bucket, repeatable (default 480x832)")
+    parser.add_argument("--frames", action="append", type=int, help="a length, repeatable (default 81)")
+    parser.add_argument("--fps", type=float, help="take frames at this rate (default: every frame)")
+    parser.add_argument("--upscale", action="store_true", help="also take clips smaller than every size")
+    parser.add_argument("--text-tokens", type=int, default=512, help="longest caption, in tokens")
+    parser.add_argument(
+        "--missing-captions", choices=("skip", "empty"), default="skip", help="what a clip without a caption becomes"
+    )
+    parser.add_argument("--retry-skipped", action="store_true", help="try again what an earlier run skipped")
+    parser.add_argument("--dtype", default="auto", help="of the encoders: auto, bf16, fp16, fp32")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--memory", type=float, metavar="GB", help="working memory of the VAE's encode")
+    sampling = parser.add_argument_group("own samples")
+    sampling.add_argument("--steps", type=int, default=50)
+    sampling.add_argument("--cfg", type=float, default=5.0)
+    sampling.add_argument("--shift", type=float, default=5.0)
+    sampling.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def encode(args: argparse.Namespace) -> int:
+    """Encode or sample. 0 with at least one clip in the data set; raises `T3Error` otherwise."""
+    if (args.clips is None) == (args.own_samples is None):
+        raise T3Error("give either a list of clips, or --own-samples with a file of prompts.")
+    clips = list_clips(args.clips) if args.clips else []
+    quiet_libraries()
+    from ..jobs import Options
+    from ..sources import find_sources
+    from .encode import Asked
+
+    sources = find_sources(
+        model=args.model,
+        dit=[args.dit] if args.dit else [],
+        vae=args.vae,
+        text_encoder=args.text_encoder,
+        tokenizer=args.tokenizer,
+    )
+    sizes = tuple(parse_size(size) for size in args.size or ["480x832"])
+    memory = None if args.memory is None else int(args.memory * 1e9)
+    asked = Asked(
+        sizes, tuple(args.frames or [81]), args.fps, args.upscale, args.text_tokens, args.missing_captions, memory
+    )
+    check_buckets(asked.sizes, asked.frames, sources.pixels_per_token)
+    options = Options(dtype=args.dtype, device=args.device, shift=args.shift)
+    tally, total = (
+        _sample(args, sources, options, asked) if args.own_samples else _encode(clips, sources, options, asked, args)
+    )
+    for line in tally.lines():
+        say(line)
+    if not total:
+        raise T3Error(f"{args.out} holds no clip: none could be used.")
+    say(f"{args.out}: {total} clips")
+    return 0
+
+
+def _encode(clips: list, sources: Sources, options: Any, asked: Any, args: argparse.Namespace) -> tuple[Any, int]:
+    from .encode import Encoders, encode_clips, folder_facts, target, with_bar
+
+    encoders = Encoders(sources, options, asked.text_tokens)
+    with target(args.out, folder_facts(asked, encoders.mark), args.retry_skipped) as writer:
+        writer.empty_text(encoders.text(""))
+        tally = encode_clips(clips, encoders, writer, asked, say, with_bar("encoding"))
+    return tally, _total(writer)
+
+
+def _sample(args: argparse.Namespace, sources: Sources, options: Any, asked: Any) -> tuple[Any, int]:
+    from ..generate import NEGATIVE_PROMPT
+    from ..jobs import Clip
+    from ..prompts import read_prompts
+    from .encode import sample_clips, target
+
+    if len(asked.sizes) > 1 or len(asked.frames) > 1:
+        raise T3Error("own samples have one --size and one --frames; run again for another, into another folder.")
+    prompts = read_prompts(Path(args.own_samples))
+    height, width = asked.sizes[0]
+    frames, fps = asked.frames[0], asked.fps or 16.0
+    like = Clip("", NEGATIVE_PROMPT, height, width, frames, args.steps, args.cfg, args.seed)
+    sampled = {key: getattr(args, key) for key in ("steps", "cfg", "shift", "seed")}
+    facts = {"model": sources.name, "size": f"{height}x{width}", "frames": frames, "sampled": sampled}
+    with target(args.out, facts, args.retry_skipped) as writer:
+        tally = sample_clips(prompts, sources, writer, options, like, fps, asked.text_tokens, say)
+    return tally, _total(writer)
+
+
+def _total(writer: Any) -> int:
+    return sum(len(shard["clips"]) for shard in writer.index["shards"])

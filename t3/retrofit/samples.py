@@ -1,0 +1,87 @@
+"""Clips sampled while training, with the averaged weights: the headless engine's sampler and the exact decode."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..decoder import decode_frames
+from ..errors import T3Error
+from ..pipeline import _assemble
+from ..plan import Grid
+from ..prompts import safe_name
+from ..scheduler import ReleasedScheduler
+from ..video import open_writer
+from .session import Session
+
+
+class Sampler:
+    """The parts around the transformer, loaded once; captions are embedded at once and their encoder is let go."""
+
+    def __init__(self, session: Session, negative: str) -> None:
+        self.asked = asked = session.config.samples
+        sources, device = session.found.sources, session.accelerator.device
+        Grid.from_video(asked.frames, asked.height, asked.width, sources.pixels_per_token)
+        self.pipe = _assemble(sources, [None], session.compute, asked.shift)
+        # Beside the transformer: the pipeline takes its device from the first module it finds.
+        self.vae, self.pipe.vae = self.pipe.vae, None
+        self.pipe.text_encoder.to(device)
+        texts = {"do_classifier_free_guidance": False, "max_sequence_length": session.config.model.text_tokens}
+        with torch.no_grad():
+            self.prompts = [self.pipe.encode_prompt(prompt, **texts, device=device)[0] for prompt in asked.prompts]
+            self.negative = self.pipe.encode_prompt(negative, **texts, device=device)[0]
+        self.pipe.text_encoder = self.pipe.tokenizer = None
+        self.pipe.set_progress_bar_config(desc="sampling", unit="step", leave=False)
+
+    @torch.no_grad()
+    def latents(self, transformer: Any, number: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """Latents `[1, C, T, H, W]` in the VAE's space, of prompt `number`, by the attention `transformer` has now."""
+        asked, pipe = self.asked, self.pipe
+        pipe.scheduler = ReleasedScheduler(asked.shift)
+        pipe.transformer = transformer
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            out = pipe(
+                prompt_embeds=self.prompts[number].to(device, dtype),
+                negative_prompt_embeds=self.negative.to(device, dtype),
+                height=asked.height,
+                width=asked.width,
+                num_frames=asked.frames,
+                num_inference_steps=asked.steps,
+                guidance_scale=asked.cfg,
+                generator=torch.Generator("cpu").manual_seed(asked.seed + number),
+                output_type="latent",
+            ).frames
+        pipe.transformer = None
+        config = self.vae.config
+        mean, deviation = (torch.tensor(config[name]).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
+        latents = out.float().cpu() * deviation + mean
+        if not torch.isfinite(latents).all():
+            raise T3Error("sampling gave values that are not numbers")
+        return latents
+
+
+def sample(session: Session, sampler: Sampler, folder: Path) -> list[Path]:
+    """Sample every prompt under the plan's own operator and write `folder/01-PROMPT.mp4`, ...; the paths."""
+    operator, device = session.operator, session.accelerator.device
+    was = operator.windows, operator.mean
+    operator.windows, operator.mean = 1.0, None
+    transformer, written = session.transformer.eval(), []
+    if session.average is not None:
+        session.average.swap()
+    try:
+        for number, prompt in enumerate(sampler.asked.prompts):
+            latents = sampler.latents(transformer, number, device, session.compute)
+            written.append(folder / f"{number + 1:02}-{safe_name(prompt)[:60].strip()}.mp4")
+            frames = decode_frames(sampler.vae, latents, device, session.say, 8)
+            size = {"width": sampler.asked.width, "height": sampler.asked.height, "fps": sampler.asked.fps}
+            with open_writer(written[-1], overwrite=True, metadata={"prompt": prompt}, **size) as writer:
+                for frame in frames:
+                    writer.write(frame)
+    finally:
+        if session.average is not None:
+            session.average.swap()
+        transformer.train()
+        operator.windows, operator.mean = was
+    return written

@@ -1,0 +1,191 @@
+"""A training run ready to take steps: the model on its devices, what is trained, its optimiser, its data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+
+from ..cli import say
+from ..errors import T3Error
+from ..processor import compile_blocks
+from . import model
+from .batches import Feeder, Layout
+from .config import Config, Train
+from .data import Clips, pad_text
+from .ema import Average
+from .model import Found
+from .objectives import Objective
+from .operator import Operator, install
+from .output import Before, mark_of, small_before
+from .teacher import Teacher
+from .trainable import make_trainable, trained
+
+COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_RESIDENT = 0.25  # of the free memory, at most, for clips that wait on the device
+
+
+@dataclass
+class Session:
+    """Everything a step needs. `objective` is what `accelerate` made of the model and its losses."""
+
+    config: Config
+    found: Found
+    clips: Clips
+    accelerator: Accelerator
+    objective: Any
+    optimizer: Any
+    operator: Operator
+    parameters: list[torch.nn.Parameter]
+    average: Average | None
+    feeder: Feeder
+    before: Before
+    _held: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def held_out(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents and padded text of a held-out clip on the device; kept there if the clips to train on are."""
+        if number in self._held:
+            return self._held[number]
+        clip, device = self.clips.held_out[number].load(), self.accelerator.device
+        text = pad_text(clip.text.to(torch.bfloat16), self.config.model.text_tokens)
+        found = clip.latents.to(device, torch.bfloat16), text.to(device)
+        if self.feeder.resident:
+            self._held[number] = found
+        return found
+
+    @property
+    def transformer(self) -> Any:
+        """The transformer itself, under whatever it has been wrapped in."""
+        return self.accelerator.unwrap_model(self.objective).transformer
+
+    @property
+    def compute(self) -> torch.dtype:
+        """The dtype of the arithmetic."""
+        return COMPUTE[self.config.train.precision]
+
+    @property
+    def main(self) -> bool:
+        """Whether this process is the one that writes and speaks."""
+        return self.accelerator.is_main_process
+
+    def say(self, text: str) -> None:
+        if self.main:
+            say(text)
+
+
+def make_accelerator(config: Config) -> Accelerator:
+    """One process, or as many as `accelerate launch` or torchrun started. Raises `T3Error` for a missing device."""
+    asked = config.train.device
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise T3Error('[train] device is "cuda", and torch sees no card here. Use "auto" or "cpu".')
+    parts = [stage for stage in config.stages if not stage.flow and not stage.velocity and stage.inputs == "teacher"]
+    ddp = DistributedDataParallelKwargs(
+        # Where only attention outputs are compared, the rest of the model gets no gradient.
+        find_unused_parameters=bool(parts),
+        gradient_as_bucket_view=True,
+    )
+    precision = "bf16" if config.train.precision == "bf16" else "no"
+    accelerator = Accelerator(mixed_precision=precision, cpu=asked == "cpu", kwargs_handlers=[ddp])
+    if accelerator.distributed_type == DistributedType.FSDP:
+        _check_sharded(config)
+    return accelerator
+
+
+def _check_sharded(config: Config) -> None:
+    """Raise `T3Error` for what does not go with weights of which each process holds a part."""
+    if config.trainable.what != "everything":
+        raise T3Error("FSDP is for training everything. A LoRA's frozen weights fit a card: train it with DDP.")
+    if any(stage.attention for stage in config.stages):
+        raise T3Error(
+            "the attention objective runs layers one by one, which FSDP does not allow. Set attention = 0 and use "
+            "velocity, or train with DDP."
+        )
+
+
+def start(config: Config, found: Found, clips: Clips, accelerator: Accelerator) -> Session:
+    """Load the model and put everything in place. Raises `T3Error` for what cannot be met here."""
+    torch.manual_seed(config.train.seed)  # a LoRA's first weights are drawn from torch's own generator
+    compute = COMPUTE[config.train.precision]
+    everything = config.trainable.what == "everything"
+    transformer = model.load(found, torch.float32 if everything else compute)
+    before_mark = mark_of(transformer)
+    make_trainable(transformer, config.trainable, compute)
+    transformer.train()
+    operator = Operator(found.plan, config.model.branches, config.train.backend)
+    install(transformer, operator)
+    if config.train.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    before = Before(before_mark, {} if everything else small_before(transformer))
+    teacher = None
+    if any(stage.teaches for stage in config.stages):
+        teacher = Teacher(transformer, operator, shared=not everything, dtype=compute)
+    if config.train.compile:
+        _compile(transformer, config, found, len(clips.pools))
+        if teacher is not None and teacher.untouched is None:
+            _compile(teacher.copy, config, found, len(clips.pools))
+    objective = Objective(transformer, operator, teacher, compute)
+    optimizer = make_optimizer(objective, config.train)
+    if teacher is not None:
+        teacher.to(accelerator.device)
+    objective, optimizer = accelerator.prepare(objective, optimizer)
+    parameters = [p for p in objective.parameters() if p.requires_grad]
+    average = Average(parameters, config.train.ema) if config.train.ema else None
+    feeder = Feeder(
+        clips,
+        Layout(config.train.batch, accelerator.num_processes, accelerator.process_index),
+        seed=config.train.seed,
+        caption_dropout=config.data.caption_dropout,
+        patch=tuple(found.config["patch_size"]),
+        device=accelerator.device,
+        resident=_resident(config.data.resident, clips.nbytes, accelerator.device),
+    )
+    return Session(
+        config, found, clips, accelerator, objective, optimizer, operator, parameters, average, feeder, before
+    )
+
+
+def _compile(transformer: Any, config: Config, found: Found, sizes: int) -> None:
+    """Compile every block. One code object serves them all, once for each way it is run."""
+    compile_blocks(transformer, found.plan)
+    counts = len(set(found.plan.layers)) * max(
+        stage.window_levels if stage.windows_from_dense else 1 for stage in config.stages
+    )
+    # With gradients or without, of the inputs too; adapters on or off; merged by the mean or on the way there.
+    ways = 16 * sizes * (counts + 1)
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, ways)
+    dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, ways)
+
+
+def _resident(asked: str, nbytes: int, device: torch.device) -> bool:
+    if asked != "auto":
+        return asked == "device"
+    if device.type == "cuda":
+        return nbytes < _RESIDENT * torch.cuda.mem_get_info(device)[0]
+    return nbytes < 2**30
+
+
+def make_optimizer(module: torch.nn.Module, train: Train) -> torch.optim.Optimizer:
+    """AdamW over what is trained; weight decay on matrices only. Raises `T3Error` where bitsandbytes is missing."""
+    named = trained(module)
+    matrices = [p for name, p in named.items() if p.ndim >= 2 and not name.endswith("scale_shift_table")]
+    others = [p for name, p in named.items() if p.ndim < 2 or name.endswith("scale_shift_table")]
+    groups = [
+        {"params": some, "weight_decay": decay}
+        for some, decay in ((matrices, train.weight_decay), (others, 0.0))
+        if some
+    ]
+    settings: dict[str, Any] = {"lr": 0.0, "betas": (train.beta1, train.beta2), "eps": 1e-8}
+    if train.optimizer == "adamw":
+        return torch.optim.AdamW(groups, fused=torch.cuda.is_available() and train.device != "cpu", **settings)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise T3Error(
+            '[train] optimizer is "adamw-8bit", and the package bitsandbytes is not installed: pip install '
+            'bitsandbytes, or use "adamw" (6 bytes more for each trained parameter).'
+        ) from None
+    return AdamW8bit(groups, **settings)

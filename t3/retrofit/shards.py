@@ -1,0 +1,276 @@
+"""Encoded clips on disk: latents and text embeddings in safetensors shards, and an index of them.
+
+A data set is a folder with `index.json` and the shards it names. Clip `i` of a shard is two tensors:
+
+    latents.{i}  [C, T, H, W], float16 or bfloat16, in the model's own latent space (normalised, noise has variance 1)
+    text.{i}     [tokens, text_dim], what the text encoder gave for the caption, without padding
+
+The header's entry "clips" is a JSON list with one object a clip: caption, source, frames, height, width, fps. The
+index repeats it, so that sizes and captions are known without opening a shard, and it lists sources that were skipped.
+The embedding of the empty caption, where one was given, is a file of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..errors import T3Error
+from ..files import atomic_path
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX = "index.json"
+EMPTY_TEXT = "empty-text.safetensors"
+VERSION = 1
+SHARD_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class ClipFacts:
+    """What is known of an encoded clip without reading it. Sizes in pixels and frames of the video it came from."""
+
+    caption: str
+    source: str
+    frames: int
+    height: int
+    width: int
+    fps: float
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where one clip lies, and the shapes of its tensors: latents `[C, T, H, W]`, text `[tokens, dim]`."""
+
+    facts: ClipFacts
+    shard: str
+    place: int
+    latents: tuple[int, ...]
+    text: tuple[int, ...]
+
+
+class Encoded(NamedTuple):
+    """One clip, read: latents `[C, T, H, W]`, text `[tokens, text_dim]`, and its facts."""
+
+    latents: torch.Tensor
+    text: torch.Tensor
+    facts: ClipFacts
+
+
+class ShardWriter:
+    """Write a data set, a shard at a time. A shard that is listed in the index is complete; nothing else counts.
+
+    Opening a folder that has an index goes on where it ended: `done` holds the sources that need no work. `facts`
+    describes how the clips were encoded (anything JSON can hold); a folder encoded otherwise is refused.
+
+        with ShardWriter(folder) as writer:
+            writer.add(latents, text, caption="a dot", source="7.mp4", frames=21, height=448, width=640, fps=16)
+    """
+
+    def __init__(
+        self, folder: str | Path, *, shard_bytes: int = SHARD_BYTES, facts: dict[str, Any] | None = None
+    ) -> None:
+        self.folder = Path(folder).absolute()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.shard_bytes = shard_bytes
+        self.facts = facts or {}
+        self.index: dict[str, Any] = {"t3_dataset": VERSION, "encoded": self.facts, "shards": [], "skipped": []}
+        if (self.folder / INDEX).exists():
+            self.index = _read_index(self.folder)
+            if self.index["encoded"] != self.facts:
+                raise T3Error(
+                    f"{self.folder} was encoded otherwise: {self.index['encoded']}, and now {self.facts} is asked for. "
+                    "Name another folder, or use the former settings."
+                )
+        self._clips: list[Encoded] = []
+        self._bytes = 0
+
+    @property
+    def done(self) -> set[str]:
+        """Sources that are in the data set, or were skipped for good."""
+        stored = {clip["source"] for shard in self.index["shards"] for clip in shard["clips"]}
+        return stored | {entry["source"] for entry in self.index["skipped"]} | {c.facts.source for c in self._clips}
+
+    def add(
+        self,
+        latents: torch.Tensor,
+        text: torch.Tensor,
+        *,
+        caption: str,
+        source: str,
+        frames: int,
+        height: int,
+        width: int,
+        fps: float,
+    ) -> None:
+        """Add a clip (see the top of this file for shapes). Other dtypes than float16 and bfloat16 become bfloat16.
+
+        Raises `T3Error` for another rank, or values that are not finite.
+        """
+        import torch
+
+        if latents.ndim != 4 or text.ndim != 2:
+            raise T3Error(
+                f"{source}: latents of shape {list(latents.shape)} and text of {list(text.shape)}; expected "
+                "[C, T, H, W] and [tokens, text_dim]."
+            )
+        kept = []
+        for name, tensor in (("latents", latents), ("text", text)):
+            half = tensor.dtype in (torch.float16, torch.bfloat16)
+            tensor = tensor.detach().to("cpu", tensor.dtype if half else torch.bfloat16).contiguous().clone()
+            bad = int((~torch.isfinite(tensor)).sum())
+            if bad:
+                raise T3Error(f"{source}: {bad:,} of {tensor.numel():,} values of its {name} are not finite.")
+            kept.append(tensor)
+        facts = ClipFacts(caption, source, int(frames), int(height), int(width), float(fps))
+        self._clips.append(Encoded(kept[0], kept[1], facts))
+        self._bytes += sum(tensor.nbytes for tensor in kept)
+        if self._bytes >= self.shard_bytes:
+            self.flush()
+
+    def skip(self, source: str, reason: str) -> None:
+        """Note that a source gives no clip, and why. It is not tried again by a later run."""
+        self.index["skipped"].append({"source": source, "reason": reason})
+
+    def empty_text(self, text: torch.Tensor) -> None:
+        """Keep the embedding `[tokens, text_dim]` of the empty caption, for training without captions."""
+        import torch
+        from safetensors.torch import save_file
+
+        half = text.dtype in (torch.float16, torch.bfloat16)
+        tensor = text.detach().to("cpu", text.dtype if half else torch.bfloat16).contiguous().clone()
+        with atomic_path(self.folder / EMPTY_TEXT, overwrite=True) as temp:
+            save_file({"text": tensor}, temp)
+
+    def flush(self) -> None:
+        """Write what has been added as a shard, and the index."""
+        if self._clips:
+            self._write_shard()
+        text = json.dumps(self.index, ensure_ascii=False, indent=1)
+        with atomic_path(self.folder / INDEX, overwrite=True) as temp:
+            temp.write_text(text + "\n", encoding="utf-8")
+
+    def _write_shard(self) -> None:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        tensors, clips = {}, []
+        for i, clip in enumerate(self._clips):
+            tensors[f"latents.{i}"], tensors[f"text.{i}"] = clip.latents, clip.text
+            clips.append(asdict(clip.facts))
+        file = self.folder / f"clips-{len(self.index['shards']):05}.safetensors"
+        # A shard of this name that no index lists is the rest of a run that was killed between the two writes.
+        with atomic_path(file, overwrite=True) as temp:
+            try:
+                save_file(tensors, temp, metadata={"clips": json.dumps(clips, ensure_ascii=False)})
+            except SafetensorError as error:
+                raise OSError(f"{file} could not be written: {error}") from error
+        shapes = [{"latents": list(c.latents.shape), "text": list(c.text.shape)} for c in self._clips]
+        listed = [{**facts, **shape} for facts, shape in zip(clips, shapes, strict=True)]
+        self.index["shards"].append({"file": file.name, "clips": listed})
+        self._clips, self._bytes = [], 0
+
+    def close(self) -> None:
+        """Write what is left."""
+        self.flush()
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        # What was encoded before an interruption is good, and kept.
+        self.flush()
+
+
+@dataclass
+class Shards:
+    """A data set that is open. `clips` are in the order of the index; `load` reads one."""
+
+    folder: Path
+    clips: list[Stored]
+    index: dict[str, Any]
+    _open: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def load(self, i: int) -> Encoded:
+        """Clip `i`, on the CPU. Raises `T3Error` when its shard is missing or damaged."""
+        clip = self.clips[i]
+        handle = self._handle(clip.shard)
+        try:
+            tensors = [handle.get_tensor(f"{name}.{clip.place}") for name in ("latents", "text")]
+        except Exception as error:  # safetensors raises its own class for a name that is not there
+            raise T3Error(f"{self.folder / clip.shard} lacks clip {clip.place}: {error}. Encode it again.") from None
+        return Encoded(tensors[0], tensors[1], clip.facts)
+
+    def empty_text(self) -> torch.Tensor | None:
+        """The embedding of the empty caption, `[tokens, text_dim]`, or None where the data set has none."""
+        from safetensors.torch import load_file
+
+        file = self.folder / EMPTY_TEXT
+        return load_file(file)["text"] if file.exists() else None
+
+    def fingerprint(self) -> str:
+        """A hash of what the index says: equal for equal data sets, whatever folder they lie in."""
+        listed = json.dumps(self.index["shards"], sort_keys=True)
+        return hashlib.sha256(listed.encode("utf-8")).hexdigest()[:16]
+
+    def _handle(self, name: str) -> Any:
+        from safetensors import safe_open
+
+        if name not in self._open:
+            file = self.folder / name
+            try:
+                self._open[name] = safe_open(file, framework="pt")
+            except Exception as error:
+                raise T3Error(f"{file} cannot be read: {error}. Encode the data set again.") from None
+        return self._open[name]
+
+
+def open_shards(folder: str | Path) -> Shards:
+    """Open a data set by its index; no tensor is read. Raises `T3Error` for a folder that is none, or damaged."""
+    root = Path(folder).absolute()
+    index = _read_index(root)
+    clips = [
+        Stored(_facts(entry, root), shard["file"], place, tuple(entry["latents"]), tuple(entry["text"]))
+        for shard in index["shards"]
+        for place, entry in enumerate(shard["clips"])
+    ]
+    missing = sorted({clip.shard for clip in clips if not (root / clip.shard).is_file()})
+    if missing:
+        raise T3Error(f"{root} lacks {len(missing)} of its shards, such as {missing[0]}. Encode the data set again.")
+    return Shards(root, clips, index)
+
+
+def read_shards(folder: str | Path, clips: Sequence[int] | None = None) -> Iterator[Encoded]:
+    """Every clip of a data set in order, or those numbered in `clips`, one at a time. Raises as `open_shards`."""
+    shards = open_shards(folder)
+    for i in range(len(shards.clips)) if clips is None else clips:
+        yield shards.load(i)
+
+
+def _facts(entry: dict[str, Any], root: Path) -> ClipFacts:
+    try:
+        return ClipFacts(**{name: entry[name] for name in ClipFacts.__dataclass_fields__})
+    except KeyError as error:
+        raise T3Error(f"{root / INDEX}: a clip lacks {error}. Encode the data set again.") from None
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    file = folder / INDEX
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise T3Error(
+            f"{folder} is no encoded data set ({error.strerror}: {INDEX}). Make one with "
+            "`python -m t3.retrofit encode`."
+        ) from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise T3Error(f"{file} is damaged ({error}). Encode the data set again into an empty folder.") from None
+    if not isinstance(index, dict) or index.get("t3_dataset") != VERSION:
+        found = index.get("t3_dataset") if isinstance(index, dict) else None
+        raise T3Error(f"{file} is a data set of version {found!r}; this release reads version {VERSION}.")
+    return index

@@ -1,0 +1,65 @@
+"""Two processes against one at the same global batch."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from retrofit_fixtures import write_clips, write_config, write_model
+from safetensors.torch import load_file
+
+from t3.retrofit.curves import read
+
+# Everything that is summed over processes: gradients, their norm, losses, validation.
+TABLES = {
+    "schedule": {"steps": 3, "velocity": 0.5},
+    "validation": {"every": 2, "levels": 4},
+    "trainable": {"what": "lora", "rank": 2, "also": ["norms"]},
+}
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_at_the_same_global_batch(tmp_path):
+    write_model(tmp_path / "model")
+    write_clips(tmp_path / "clips")
+    write_clips(tmp_path / "held", 5, seed=1)
+    data = {"validation": [str(tmp_path / "held")]}
+    one = write_config(tmp_path, "one", run="one", train={"batch": 4}, data=data, **TABLES)
+    two = write_config(tmp_path, "two", run="two", train={"batch": 2}, data=data, **TABLES)
+    started = [_start(1, "-m", "t3.retrofit", one), _start(2, "-m", "t3.retrofit", two)]
+    for process in started:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+    weights, others = (
+        load_file(tmp_path / name / "checkpoints/step-00000003/weights.safetensors") for name in ("one", "two")
+    )
+    assert weights.keys() == others.keys()
+    for name, tensor in weights.items():
+        # AdamW divides by the gradient's own size: where that is rounding, a step is, too, up to the learning rate.
+        torch.testing.assert_close(tensor, others[name], rtol=1e-4, atol=2e-5, msg=name)
+    for table in ("metrics", "validation"):
+        found = [read(tmp_path / name / f"{table}.csv") for name in ("one", "two")]
+        assert len(found[0]) == len(found[1])
+        for a, b in zip(*found, strict=True):
+            for key in set(a) - {"seconds", "training", "stage"}:
+                assert (a[key] == b[key] == "") or float(a[key]) == pytest.approx(float(b[key]), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_processes_that_share_the_weights_go_on_bit_for_bit(tmp_path):
+    worker = _start(2, str(Path(__file__).with_name("retrofit_sharded.py")), str(tmp_path))
+    output, _ = worker.communicate(timeout=300)
+    assert worker.returncode == 0, output
+
+
+def _start(processes: int, *program: str) -> subprocess.Popen:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)]
+    command = [sys.executable, *(launch if processes > 1 else []), *program]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

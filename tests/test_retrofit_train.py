@@ -1,0 +1,326 @@
+"""Whole runs of the training command on a tiny model: what is written, resume, stops and failures."""
+
+import csv
+import errno
+import itertools
+import json
+import signal
+import sys
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import WanTransformer3DModel
+from retrofit_fixtures import PLAN, write_clips, write_config, write_model
+from safetensors.torch import load_file
+
+from t3 import Plan
+from t3.processor import install_t3
+from t3.retrofit import checkpoint
+from t3.retrofit.command import main
+from t3.retrofit.loop import Loop
+from t3.sources import find_sources
+from t3.weights import apply_weights, identify, open_weights
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("retrofit")
+    write_model(folder / "model")
+    write_clips(folder / "clips")
+    write_clips(folder / "held", 5, seed=1)
+    write_clips(folder / "wide", 3, shape=(16, 2, 6, 12), seed=2)
+    return folder
+
+
+@pytest.fixture
+def run(base, request):
+    """Run a config in this process; a fresh output folder for each test and name."""
+    tag = request.node.name.replace("[", "-").replace("]", "")
+
+    def start(name="run", *flags, **tables):
+        # accelerate keeps one precision for a process; each run here is a process of its own elsewhere.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        folder = f"{tag}-{name}"
+        status = main([write_config(base, folder, run=folder, **tables), *flags])
+        return status, base / folder
+
+    return start
+
+
+def weights_of(folder, step, name="weights"):
+    return load_file(folder / "checkpoints" / f"step-{step:08}" / f"{name}.safetensors")
+
+
+def rows(folder, name):
+    with (folder / f"{name}.csv").open() as stream:
+        return list(csv.DictReader(stream))
+
+
+def velocity(transformer, seed=0):
+    torch.manual_seed(seed)
+    latents, text = torch.randn(1, 16, 2, 6, 8), torch.randn(1, 4, 8)
+    with torch.no_grad():
+        return transformer(latents, torch.tensor([400.0]), text, return_dict=False)[0]
+
+
+def test_a_full_run_writes_a_model_that_the_package_takes(run, base):
+    status, folder = run(validation={"every": 2, "levels": 4}, data={"validation": [str(base / "held")]})
+    assert status == 0
+    file = open_weights(folder / f"{folder.name}.safetensors")
+    found = identify(file)
+    assert found.problem is None
+    assert (found.form, found.component, found.t3.plan) == ("full", "dit", Plan.from_json(PLAN))
+    assert found.t3.trained_grid == (2, 3, 4)
+    written = file.read(found.names["blocks.0.ffn.0.weight"])
+    average = weights_of(folder, 4, "average")["transformer.blocks.0.ffn.net.0.proj.weight"]
+    assert written.dtype == torch.bfloat16
+    torch.testing.assert_close(written, average.bfloat16(), rtol=0, atol=0)
+    metrics, measured = rows(folder, "metrics"), rows(folder, "validation")
+    assert [int(row["step"]) for row in metrics] == [2, 4]
+    assert [int(row["step"]) for row in measured] == [0, 2, 4, 4]
+    assert metrics[-1]["clips"] == "8"
+    points = (folder / "validation" / "step-00000000.csv").read_text().splitlines()
+    assert len(points) == 1 + 5
+
+
+def test_sources_take_a_written_lora_with_its_plan(run, base):
+    everything = ("norms", "biases", "modulation")
+    status, folder = run(
+        trainable={"what": "lora", "rank": 2, "alpha": 3.0, "also": everything}, output={"dtype": "float32"}
+    )
+    assert status == 0
+    lora = folder / f"{folder.name}-lora.safetensors"
+    sources = find_sources(model=str(base / "model"), t3_weights=[str(lora)])
+    assert Plan.from_json(sources.plan_json) == Plan.from_json(PLAN)
+    assert sources.tuned == "yes"
+    adapter = sources.t3_weights[0].identity
+    assert (adapter.form, adapter.t3.rank) == ("lora+diff", 2)
+    # Applied to the model it was trained from, it gives the averaged weights of the run.
+    plain = WanTransformer3DModel.from_pretrained(base / "model" / "transformer")
+    report = apply_weights(plain, open_weights(lora))
+    assert not [note for note in report.notes if "another base" in note]
+    trained = {
+        name.removeprefix("transformer.").replace(".base_layer", ""): tensor
+        for name, tensor in weights_of(folder, 4, "average").items()
+    }
+    parameters = dict(plain.named_parameters())
+    before = dict(WanTransformer3DModel.from_pretrained(base / "model" / "transformer").named_parameters())
+    small = [name for name in trained if "lora_" not in name]
+    assert small
+    for name in small:
+        torch.testing.assert_close(parameters[name], trained[name], rtol=1e-6, atol=1e-7)
+    stem = "blocks.1.attn1.to_v"
+    product = 1.5 * trained[f"{stem}.lora_B.default.weight"] @ trained[f"{stem}.lora_A.default.weight"]
+    assert product.any()
+    torch.testing.assert_close(parameters[f"{stem}.weight"], before[f"{stem}.weight"] + product, rtol=1e-5, atol=1e-7)
+
+
+def test_a_written_model_computes_what_was_trained(run, base):
+    """The file, under the headless engine's T3, gives the velocity that the training operator gives its weights."""
+    from t3.retrofit.operator import Operator, install
+
+    status, folder = run(output={"dtype": "float32"}, train={"ema": 0.0})
+    assert status == 0
+    plan = Plan.from_json(PLAN)
+    config = WanTransformer3DModel.load_config(base / "model" / "transformer")
+    there, here = (WanTransformer3DModel.from_config(config) for _ in range(2))
+    apply_weights(there, open_weights(folder / f"{folder.name}.safetensors"))
+    install_t3(there, plan)
+    state = {name.removeprefix("transformer."): t for name, t in weights_of(folder, 4).items()}
+    here.load_state_dict(state)
+    install(here, Operator(plan))
+    torch.testing.assert_close(velocity(there), velocity(here), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_resume_equals_uninterrupted_bit_for_bit(run, kind, monkeypatch):
+    tables = {
+        "train": {"accumulate": 2},
+        "data": {"resident": "host"},
+        "stages": [
+            {"name": "first", "steps": 3, "windows_from_dense": 0.7, "window_levels": 2},
+            {"name": "second", "steps": 3, "velocity": 0.5, "merge_from_lse": 0.5, "lr": 2e-3},
+        ],
+    }
+    if kind == "lora":
+        tables["trainable"] = {"what": "lora", "rank": 2, "also": ["biases"]}
+    assert run("whole", **tables)[0] == 0
+    step = Loop.take_step
+
+    def killed(self, stage, done):
+        if self.at.step == 5:
+            raise RuntimeError("killed")
+        step(self, stage, done)
+
+    monkeypatch.setattr(Loop, "take_step", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        run("cut", **tables)
+    monkeypatch.setattr(Loop, "take_step", step)
+    status, cut = run("cut", "--resume", **tables)
+    assert status == 0
+    whole = cut.with_name(cut.name.removesuffix("cut") + "whole")
+    for name in ("weights", "average", "optimizer"):
+        one, other = weights_of(whole, 6, name), weights_of(cut, 6, name)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one), name
+    assert [row["step"] for row in rows(cut, "metrics")] == ["2", "4", "6"]
+    states = [json.loads((f / "checkpoints" / "step-00000006" / "state.json").read_text()) for f in (whole, cut)]
+    assert states[0]["feeder"] == states[1]["feeder"]
+
+
+def test_a_stop_leaves_a_checkpoint_and_status_130(run, monkeypatch):
+    step, before = Loop.take_step, signal.getsignal(signal.SIGINT)
+
+    def interrupted(self, stage, done):
+        step(self, stage, done)
+        if self.at.step == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Loop, "take_step", interrupted)
+    status, folder = run(output={"checkpoint_every": 0})
+    assert status == 130
+    assert [path.name for path in checkpoint.listed(folder)] == ["step-00000003"]
+    assert not list(folder.glob("*.safetensors"))
+    assert signal.getsignal(signal.SIGINT) is before
+    monkeypatch.setattr(Loop, "take_step", step)
+    status, folder = run("run", "--resume", output={"checkpoint_every": 0})
+    assert status == 0
+    assert checkpoint.listed(folder)[-1].name == "step-00000004"
+
+
+def test_a_full_disk_keeps_the_former_checkpoint_and_is_told(run, monkeypatch, capsys):
+    save, calls = checkpoint.save_file, itertools.count()
+
+    def full(tensors, path):
+        if next(calls) >= 4:  # the second checkpoint's second file
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    status, folder = run()
+    assert status == 1
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000002"]
+    said = capsys.readouterr().err
+    assert "step 4: no checkpoint could be written (No space left on device); the one of step-00000002 is kept." in said
+    assert all(torch.isfinite(t).all() for t in weights_of(folder, 2).values())
+
+
+def test_too_little_room_is_seen_before_anything_is_written(run, monkeypatch, capsys):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage)
+    status, folder = run(schedule={"steps": 1})
+    assert status == 1
+    assert not list((folder / "checkpoints").iterdir())
+    assert "0 MiB are free" in capsys.readouterr().err
+
+
+def test_steps_lower_the_loss_on_a_fixed_batch(run, base):
+    write_clips(base / "one", 2, seed=9)
+    status, folder = run(
+        sets=("one",),
+        data={"caption_dropout": 0.0},
+        schedule={"steps": 60, "lr": 1e-2, "warmup": 0.1},
+        output={"log_every": 20, "checkpoint_every": 0},
+    )
+    assert status == 0
+    losses = [float(row["loss"]) for row in rows(folder, "metrics")]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_run_in_the_way_is_not_overwritten(run, capsys):
+    assert run()[0] == 0
+    status, folder = run()
+    assert status == 2
+    assert f"{folder} holds a run already" in capsys.readouterr().err
+
+
+def test_another_config_is_not_resumed(run, capsys):
+    assert run()[0] == 0
+    assert run("run", "--resume", train={"batch": 1})[0] == 2
+    assert "[train] batch has changed" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_named(run, capsys):
+    _, folder = run()
+    (folder / "checkpoints" / "step-00000004" / "weights.safetensors").write_bytes(b"cut short")
+    assert run("run", "--resume")[0] == 2
+    assert "step-00000004 is damaged" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(run, capsys):
+    status, folder = run(schedule={"lr": 1e30, "warmup": 0.0}, train={"clip": 0.0}, output={"checkpoint_every": 0})
+    assert status == 2
+    assert "training went astray" in capsys.readouterr().err
+    assert not list(folder.glob("*.safetensors"))
+
+
+def test_no_steps_is_a_measurement(run, base):
+    status, folder = run(schedule={"steps": 0}, data={"validation": [str(base / "held")]})
+    assert status == 0
+    assert [int(row["step"]) for row in rows(folder, "validation")] == [0]
+    assert not list(folder.glob("*.safetensors"))
+
+
+def test_seconds_end_a_run_with_its_result_inside(run):
+    status, folder = run(schedule={"steps": 0, "max_seconds": 8.0}, output={"log_every": 1})
+    assert status == 0
+    assert (folder / f"{folder.name}.safetensors").exists()
+    assert float(rows(folder, "metrics")[-1]["seconds"]) < 8.0
+
+
+def test_one_branch_carries_no_plan(run, capsys):
+    status, folder = run(model={"branches": "local"}, schedule={"steps": 1})
+    assert status == 0
+    assert identify(open_weights(folder / f"{folder.name}.safetensors")).t3.plan is None
+    assert "carries none" in capsys.readouterr().err
+
+
+def test_bf16_computes_on_float32_weights(run):
+    status, folder = run(train={"precision": "bf16"}, schedule={"steps": 2})
+    assert status == 0
+    assert {tensor.dtype for tensor in weights_of(folder, 2).values()} == {torch.float32}
+
+
+def test_seconds_of_the_steps_end_a_run(run):
+    status, folder = run(schedule={"steps": 0, "training_seconds": 1.0}, output={"log_every": 1})
+    assert status == 0
+    line = rows(folder, "metrics")[-1]
+    assert 1.0 <= float(line["training"]) < float(line["seconds"])
+
+
+def test_warming_up_changes_nothing(run, base, monkeypatch):
+    from t3.retrofit import loop
+
+    tables = {"data": {"validation": [str(base / "held")]}, "schedule": {"steps": 2, "merge_from_lse": 0.6}}
+    assert run("plain", **tables)[0] == 0
+    measure = Loop.validate
+
+    def warmed(self, stage):
+        if self.at.step == 0:
+            self.warm_up()
+        measure(self, stage)
+
+    monkeypatch.setattr(loop.Loop, "validate", warmed)
+    _, folder = run("warm", **tables)
+    plain = folder.with_name(folder.name.removesuffix("warm") + "plain")
+    for name in ("weights", "average", "optimizer"):
+        one, other = weights_of(plain, 2, name), weights_of(folder, 2, name)
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_written_model_is_trained_on_by_itself(run, base):
+    _, folder = run("first", schedule={"steps": 1})
+    file = str(folder / f"{folder.name}.safetensors")
+    status, second = run("second", model={"source": "", "dit": [file], "plan": "auto"}, schedule={"steps": 1})
+    assert status == 0
+    assert identify(open_weights(second / f"{second.name}.safetensors")).t3.plan == Plan.from_json(PLAN)
+
+
+def test_a_missing_optimiser_is_told_before_any_step(run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    status, folder = run(train={"optimizer": "adamw-8bit"})
+    assert status == 2
+    assert "the package bitsandbytes is not installed" in capsys.readouterr().err
+    assert not (folder / "metrics.csv").exists()
