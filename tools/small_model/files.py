@@ -1,0 +1,31 @@
+"""What the stages share: a clock to stop by, a folder of their own, a line to the screen."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+
+class Stopwatch:
+    """Seconds since it was made, and the limit to stop at."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+        self._start = time.monotonic()
+
+    def used(self) -> float:
+        """Seconds so far."""
+        return time.monotonic() - self._start
+
+
+def fresh_folder(path: Path) -> Path:
+    """Make a folder for results. Ends the program where there is one with something in it: nothing is overwritten."""
+    if path.exists() and any(path.iterdir()):
+        raise SystemExit(f"{path} holds something already. Name another folder, or remove it.")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def say(text: str) -> None:
+    """One line to the screen, at once, also when the output is a file."""
+    print(text, flush=True)
