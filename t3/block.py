@@ -107,7 +107,7 @@ def attend(p: Projections, windows: Windows, share: Share, chunks: Sequence[slic
     head = p.shape[2] // p.heads
     parts = _split(p.heads, -(-p.heads // share.parts))
     some_heads = share.heads or p.heads
-    inverses = [] if len(parts) > 1 and p.norms else None
+    inverses: list[torch.Tensor] | None = [] if len(parts) > 1 and p.norms else None
     widest = max(part.stop - part.start for part in parts) * head
     buffers = [p.empty(widest) for _ in range(3)]
     # The heads that have been attended leave their results in the place of their queries, if all queries are there.
@@ -148,6 +148,7 @@ def _project(p: Projections, qkv: list, channels: slice | None, inverses: list |
     an empty list is filled, from projections of all channels.
     """
     fill = inverses is not None and not inverses
+    inverses = [] if inverses is None else inverses
     if fill:
         wide = torch.float64 if p.like.dtype == torch.float64 else torch.float32
         inverses += [p.like.new_empty(p.shape[:2], dtype=wide) for _ in range(2)]

@@ -116,11 +116,12 @@ opened. *umt5_xxl_fp8_e4m3fn_scaled* works too and needs half the memory; result
 
 def needs_4k(model: Model, steps: int) -> str:
     """What a 4K run takes."""
-    minutes = round(model.step_seconds * steps / 60)
+    seconds = model.step_seconds
+    minutes = round(seconds * steps / 60)
     return f"""## What it needs
 
 Sampling 3840x2176, 81 frames: **{model.lean_gib} GiB** of GPU memory, at {model.lean_seconds} s a step; with
-{model.peak_gib} GiB {model.step_seconds} s, so about {minutes} minutes for {steps} steps. Measured in ComfyUI on an H100
+{model.peak_gib} GiB {seconds} s, so about {minutes} minutes for {steps} steps. Measured in ComfyUI on an H100
 card. T3 Attention takes what fits. A card with less memory, or a slower one: begin with the 1080p workflow.
 
 Decoding: {model.decode_seconds} s on that card. *T3 VAE Decode to Video* works in exact tiles of a size that fits the
