@@ -382,7 +382,15 @@ def test_other_settings_do_not_take_over_kept_latents(capsys, here, cache, monke
 def test_an_interruption_leaves_no_file_and_says_so(tmp_path, kind):
     command = [sys.executable, "-m", "t3.generate", *TINY[:-4], "--steps", "500", "--out", "clip.mp4"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    # Where the tests run in the background of a shell, Ctrl-C is ignored, and children inherit that.
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     seen = ""
     deadline = time.monotonic() + 300
     while "sampling" not in seen and time.monotonic() < deadline:
