@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests/host"))
 import decode_4k
 import host_comfy
 import torch
+from most import Most
 
 from t3.bench.decode import LATENT_FRAMES, random_latents
 from t3.bench.machine import machine
@@ -32,44 +33,22 @@ from t3.bench.machine import machine
 CANCEL_AFTER = 4.0  # seconds
 
 
-class MostMemory:
-    """The most anonymous and shared main memory of this process inside, beyond what it had before, in bytes.
+def main_memory() -> int:
+    """Anonymous and shared main memory of this process, in bytes.
 
     Pages of mapped files are left out: the system takes them back when it wants them.
     """
-
-    def __enter__(self) -> MostMemory:
-        gc.collect()
-        self.before = self.most = self._now()
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._done.set()
-        self._thread.join()
-
-    @property
-    def taken(self) -> int:
-        return self.most - self.before
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.02):
-            self.most = max(self.most, self._now())
-
-    @staticmethod
-    def _now() -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith("Rss")}
-        return sizes["RssAnon"] + sizes["RssShmem"]
+    lines = Path("/proc/self/status").read_text().splitlines()
+    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith("Rss")}
+    return sizes["RssAnon"] + sizes["RssShmem"]
 
 
 def to_video(node, vae, samples, depth: int, folder: Path) -> dict:
     """Decode and save; seconds and memory of both."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    with MostMemory() as memory:
+    gc.collect()
+    with Most(main_memory, every=0.02) as memory:
         start = time.perf_counter()
         video, report = node.execute(samples, vae, 30.0, bit_depth=depth, crop=2160).result
         decoded = time.perf_counter() - start

@@ -18,7 +18,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -28,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests/host"))
 import torch
 from host_server import HostServer
 from install import COMFYUI, ROOT
+from most import Most
 
 from tools.notes import T3_LORA, TEXT_ENCODER, WAN21
 
@@ -101,26 +101,8 @@ def insert(graph: dict, before: str, kind: str, **inputs) -> dict:
     return graph
 
 
-class CardMemory:
-    """The most memory in use on the card inside, by all processes, beyond what this one's watching takes; bytes."""
-
-    def __enter__(self) -> CardMemory:
-        self.most = 0
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.05):
-            self.most = max(self.most, in_use())
-
-
 def in_use() -> int:
+    """Memory in use on the card, by all processes, in bytes."""
     if not torch.cuda.is_available():
         return 0
     free, total = torch.cuda.mem_get_info()
@@ -136,7 +118,7 @@ def latents_of(path: Path) -> torch.Tensor:
 def run(server: HostServer, graph: dict, idle: int, expected: torch.Tensor) -> dict:
     """Seconds, memory, distance of the latents from those expected, and what the pack logged."""
     seen = len(server.log())
-    with CardMemory() as memory:
+    with Most(in_use, every=0.05) as memory:
         start = time.perf_counter()
         history = server.run(graph, limit=500)
         seconds = time.perf_counter() - start

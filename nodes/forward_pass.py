@@ -117,7 +117,7 @@ def _backend(
 
     Raises `T3Error` for a backend that cannot serve these tensors or windows.
     """
-    keys = [size + (layout.beside or 0) for p in partitions for _, size in p.window_classes(layout.grid)]
+    keys = [n + (layout.beside or 0) for p in partitions for n in p.window_lengths(layout.grid)]
     if settings.backend == AUTO and (how := host_attention.chosen_by_user(options)):
         wrong = host_attention.wrong_for(keys, how)
         if wrong is None:
@@ -126,8 +126,6 @@ def _backend(
         say(f"{wrong} Another backend does the work instead.")
     backend, why = choose(settings.backend, replace(situation, windows=tuple(keys)))
     log.debug("T3 Attention: %s", why)
-    for count in keys:
-        backend.check_keys(count)
     return backend
 
 
@@ -175,7 +173,7 @@ def _tell_global_tokens(layout: wan.Layout, partitions: list[Partition], say: Sa
 
 
 def _longest(partition: Partition, grid: Grid) -> int:
-    return max(size for _, size in partition.window_classes(grid))
+    return max(partition.window_lengths(grid))
 
 
 def _times(numbers) -> str:

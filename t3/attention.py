@@ -46,7 +46,7 @@ def t3_attention(
     _check(q, k, v, here, counts, prefix)
     if isinstance(backend, str):
         needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        keys = [size + q.shape[1] - here.tokens for _, size in counts.window_classes(here)]
+        keys = [length + q.shape[1] - here.tokens for length in counts.window_lengths(here)]
         backend, _ = choose(backend, Situation(q.device, q.dtype, q.shape[-1], needs_grad, tuple(keys)))
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     if counts.windows == 1:

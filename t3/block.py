@@ -200,7 +200,7 @@ def working_bytes(q: torch.Tensor, windows: Windows, heads: int) -> int:
     """Bytes that `t3_attention` is given for copies and results: four tensors of so many heads of q's tokens, or more
     where one window and head needs more."""
     batch, tokens, _, head_dim = q.shape
-    longest = max(size for _, size in windows.partition.window_classes(windows.grid))
+    longest = max(windows.partition.window_lengths(windows.grid))
     beside = tokens - windows.grid.tokens
     least = 4 * tokens * head_dim
     if windows.backend.scores:

@@ -71,8 +71,8 @@ def attention_from_projections(
     _check(q, k, v, here, counts, heads, turns)
     head_dim = q.shape[2] // heads
     if isinstance(backend, str):
-        sizes = tuple(size for _, size in counts.window_classes(here))
-        backend, _ = choose(backend, Situation(q.device, q.dtype, head_dim, windows=sizes))
+        windows = counts.window_lengths(here)
+        backend, _ = choose(backend, Situation(q.device, q.dtype, head_dim, windows=windows))
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     batch = q.shape[0]
     rows = list(token_rows(tuple(here), tuple(counts), batch, q.device))

@@ -61,14 +61,12 @@ class Engine:
         compute = DTYPES[dtype]
         transformers = _load_transformers(sources, compute, say)
         shape = ModelShape.from_config(sources.transformer)
-        pipe = _assemble(sources, transformers, compute, options.shift)
+        pipe = assemble(sources, transformers, compute, options.shift)
         engine = cls(pipe, sources, plan, device, dtype)
-        sizes = [size for layer in plan.partitions(grid, shape.layers) for _, size in layer.window_classes(grid)]
-        situation = Situation(device, compute, sources.transformer["attention_head_dim"], windows=tuple(sizes))
+        windows = tuple(n for layer in plan.partitions(grid, shape.layers) for n in layer.window_lengths(grid))
+        situation = Situation(device, compute, sources.transformer["attention_head_dim"], windows=windows)
         chosen, engine.backend_why = choose(options.backend, situation)
         engine.backend = chosen.name
-        for size in set(sizes):
-            chosen.check_keys(size)
         compiled = options.compile and can_compile(device, say)
         memory = options.memory if options.attention_memory is None else options.attention_memory
         for transformer in transformers:
@@ -182,9 +180,9 @@ def _load_transformers(sources: Sources, dtype: torch.dtype, say: Say) -> list[W
     if sources.dits:
         transformers = [load_transformer(path, dtype=dtype) for path in sources.dits]
     else:
-        folder = _fetch(sources)
+        folder = fetch_folder(sources)
         parts = ["transformer", "transformer_2"][: sources.experts]
-        transformers = [_part(transformer_class(sources.transformer), folder, part, dtype) for part in parts]
+        transformers = [load_part(transformer_class(sources.transformer), folder, part, dtype) for part in parts]
     for i, transformer in enumerate(transformers):
         # One file serves all experts; several go to them in order.
         own = sources.t3_weights[i : i + 1] if len(sources.t3_weights) > 1 else sources.t3_weights
@@ -194,7 +192,7 @@ def _load_transformers(sources: Sources, dtype: torch.dtype, say: Say) -> list[W
     return transformers
 
 
-def _fetch(sources: Sources) -> Path:
+def fetch_folder(sources: Sources) -> Path:
     """The folder to load from; builds the embedded model or downloads from the hub if need be."""
     if sources.embedded:
         return ensure_embedded()
@@ -211,7 +209,8 @@ def _fetch(sources: Sources) -> Path:
         raise T3Error(f"{sources.hub_id} cannot be downloaded: {str(error).splitlines()[0]}") from None
 
 
-def _part(cls: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
+def load_part(cls: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
+    """A model of the class `cls` from `folder/name`, to be run. Raises `T3Error` if it cannot be loaded."""
     try:
         return cls.from_pretrained(
             folder, subfolder=name, torch_dtype=dtype, use_safetensors=True, local_files_only=True
@@ -220,20 +219,24 @@ def _part(cls: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
         raise T3Error(f"{folder / name} cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
-def _assemble(sources: Sources, transformers: list[WanTransformer3DModel], dtype: torch.dtype, shift: float) -> Any:
-    folder = None if sources.folder is None and not sources.hub_id else _fetch(sources)
+def assemble(sources: Sources, transformers: list[WanTransformer3DModel], dtype: torch.dtype, shift: float) -> Any:
+    """The pipeline for `sources`, on the CPU, with all parts but the transformers, which are given (None: left out).
+
+    dtype: of text encoder and VAE; shift: of the sampler's sigmas. Raises `T3Error` for a part that cannot be loaded.
+    """
+    folder = None if sources.folder is None and not sources.hub_id else fetch_folder(sources)
     if sources.text_encoder:
         tokenizer_path = sources.tokenizer or (folder / "tokenizer" if folder else None)
         encoder, tokenizer = load_text_encoder(sources.text_encoder, dtype=dtype, tokenizer=tokenizer_path)
     else:
         assert folder is not None
-        encoder = _part(UMT5EncoderModel, folder, "text_encoder", dtype)
+        encoder = load_part(UMT5EncoderModel, folder, "text_encoder", dtype)
         tokenizer = AutoTokenizer.from_pretrained(sources.tokenizer or folder / "tokenizer", local_files_only=True)
     if sources.vae_file:
         vae = load_vae(sources.vae_file, dtype=dtype)
     else:
         assert folder is not None
-        vae = _part(AutoencoderKLWan, folder, "vae", dtype)
+        vae = load_part(AutoencoderKLWan, folder, "vae", dtype)
     parts = {
         "tokenizer": tokenizer,
         "text_encoder": encoder,
@@ -268,7 +271,7 @@ def _image_encoder(sources: Sources, folder: Path | None, dtype: torch.dtype) ->
         )
     processor = folder / "image_processor" if folder and (folder / "image_processor").exists() else None
     return {
-        "image_encoder": _part(CLIPVisionModel, source.parent, source.name, dtype),
+        "image_encoder": load_part(CLIPVisionModel, source.parent, source.name, dtype),
         "image_processor": CLIPImageProcessor.from_pretrained(processor) if processor else CLIPImageProcessor(),
     }
 

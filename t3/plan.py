@@ -97,6 +97,10 @@ class Partition(NamedTuple):
             (nt * nh * nw, lt * lh * lw) for nt, lt in per_axis[0] for nh, lh in per_axis[1] for nw, lw in per_axis[2]
         ]
 
+    def window_lengths(self, grid: Grid) -> tuple[int, ...]:
+        """The tokens in a window, for each of the `window_classes`."""
+        return tuple(tokens for _, tokens in self.window_classes(grid))
+
 
 class Layer(NamedTuple):
     """One layer's counts as a plan states them: a number, or `"each"` for as many windows as the axis is long."""

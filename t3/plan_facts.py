@@ -10,7 +10,7 @@ from .plan import Grid, Partition, Plan
 
 def layer_facts(first: int, partition: Partition, grid: Grid, layers: int, cycle: int) -> dict[str, Any]:
     """Partition, windows and branches of layer `first` of a cycle, and which of `layers` layers share them."""
-    sizes = [size for _, size in partition.window_classes(grid)]
+    sizes = partition.window_lengths(grid)
     return {
         "layers": list(range(first, layers, cycle)),
         "partition": list(partition),

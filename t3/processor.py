@@ -153,8 +153,8 @@ def _windows(attention: WanAttention) -> tuple[Windows, Share] | None:
         like = attention.to_out[0].weight
         dtype = attention.norm_q.weight.dtype if like.dtype.itemsize == 1 else like.dtype
         head_dim = attention.inner_dim // attention.heads
-        sizes = tuple(size for _, size in processor.partition.window_classes(processor.grid))
-        backend, _ = choose(backend, Situation(like.device, dtype, head_dim, windows=sizes))
+        windows = processor.partition.window_lengths(processor.grid)
+        backend, _ = choose(backend, Situation(like.device, dtype, head_dim, windows=windows))
     return Windows(processor.grid, processor.partition, backend), processor.share
 
 

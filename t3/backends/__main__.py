@@ -21,10 +21,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def preset_windows() -> list[int]:
     """The lengths of windows of all presets on their own grids, longest first."""
     windows = {
-        size
+        length
         for plan in PRESETS.values()
         for layer in range(len(plan.layers))
-        for _, size in plan.partition(layer, plan.grid).window_classes(plan.grid)
+        for length in plan.partition(layer, plan.grid).window_lengths(plan.grid)
         if plan.partition(layer, plan.grid).windows > 1
     }
     return sorted(windows, reverse=True)

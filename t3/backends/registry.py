@@ -82,15 +82,17 @@ class Backend:
     def check_keys(self, keys: int) -> None:
         """Raise `T3Error` if this backend gives wrong results for so many keys."""
         if self._wrong_for(keys):
-            multiple = self._multiple
             raise T3Error(
                 f"attention backend {self.name!r}, as installed, is wrong for {keys:,} keys: it needs a multiple of "
-                f"{multiple}. Use another backend, or a plan whose windows have {round(keys / multiple) * multiple:,}."
+                f"{self._multiple}. Use another backend, or a plan whose windows have {self._nearest(keys):,}."
             )
 
     @property
     def _multiple(self) -> int:
         return self.keys_multiple() if self.keys_multiple else 1
+
+    def _nearest(self, keys: int) -> int:
+        return round(keys / self._multiple) * self._multiple
 
     def _wrong_for(self, keys: int) -> bool:
         return bool(keys % self._multiple)
@@ -117,7 +119,10 @@ class Backend:
         if s.needs_grad and not self.differentiable:
             return "has no gradients"
         if wrong := next((n for n in s.windows if self._wrong_for(n)), None):
-            return f"as installed, is wrong for {wrong:,} keys: it needs a multiple of {self._multiple}"
+            return (
+                f"as installed, is wrong for {wrong:,} keys: it needs a multiple of {self._multiple}, as "
+                f"{self._nearest(wrong):,} is"
+            )
         if self.torch_check and not _torch_allows(self.torch_check, s):
             return "this build of torch refuses these tensors for it"
         return None

@@ -60,34 +60,13 @@ def step_by_step(inputs: LayerInputs, partition: Partition, backend: Backend) ->
 def fused(inputs: LayerInputs, partition: Partition, backend: Backend | str) -> torch.Tensor:
     """T3's own path: norm, rotation and grouping in one pass."""
     q, k, v = inputs.qkv
-    return attention_from_projections(
-        q,
-        k,
-        v,
-        inputs.case.grid,
-        partition,
-        heads=inputs.case.heads,
-        norms=inputs.norms,
-        eps=EPS,
-        turns=inputs.turns,
-        backend=backend,
-    )
+    return attention_from_projections(q, k, v, inputs.case.grid, partition, backend=backend, **inputs.around)
 
 
 def released(inputs: LayerInputs, partition: Partition, backend: Backend) -> torch.Tensor:
+    """The released semantics, from the same projections."""
     q, k, v = inputs.qkv
-    return released_attention(
-        q,
-        k,
-        v,
-        inputs.case.grid,
-        partition,
-        heads=inputs.case.heads,
-        norms=inputs.norms,
-        eps=EPS,
-        turns=inputs.turns,
-        backend=backend,
-    )
+    return released_attention(q, k, v, inputs.case.grid, partition, backend=backend, **inputs.around)
 
 
 def windows_alone(inputs: LayerInputs, partition: Partition, backend: Backend) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -105,6 +106,11 @@ class LayerInputs:
     @property
     def turns(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.freqs[:, :, 0, :, 0, 0], self.freqs[:, :, 0, :, 1, 0]
+
+    @property
+    def around(self) -> dict[str, Any]:
+        """What stands around attention, as `fused.attention_from_projections` takes it."""
+        return {"heads": self.case.heads, "norms": self.norms, "eps": EPS, "turns": self.turns}
 
     @property
     def heads(self) -> list[torch.Tensor]:

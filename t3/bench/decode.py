@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
+from ..memory import GIB
 from ..vae import WanDecoder, decode_frames
 from ..weights import known_config
 from ..weights.layout_vae import vae_layout
 from .report import Report
-from .timing import GIB, release
+from .timing import release
 from .transformer import diffusers_refusal
 
 TABLE, ERRORS = "decode", "decode errors"

@@ -9,12 +9,12 @@ import torch
 
 from ..backends import choose
 from ..cost import activation_bytes
-from ..memory import shares
+from ..memory import GIB, shares
 from ..plan import Grid, Partition, Plan
 from .attention import fused
 from .cases import SMALL, WAN21, Case, LayerInputs
 from .report import Report
-from .timing import GIB, release, steady
+from .timing import release, steady
 from .transformer import Transformer, diffusers_refusal, grid_of, size_of
 
 TABLE, SHORT = "growth", "short clips"

@@ -6,9 +6,10 @@ from functools import partial
 from typing import Any
 
 from ..cost import model_cost
+from ..memory import GIB
 from ..plan import Grid, Plan
 from .report import Report
-from .timing import GIB, release
+from .timing import release
 from .transformer import Transformer, diffusers_refusal, grid_of, size_of
 
 TABLE = "model"

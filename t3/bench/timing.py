@@ -10,8 +10,9 @@ from typing import TypeVar
 
 import torch
 
+from ..memory import GIB
+
 Result = TypeVar("Result")
-GIB = 2**30
 
 
 def timed(work: Callable[[], Result], device: torch.device) -> tuple[Result, float]:

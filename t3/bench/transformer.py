@@ -8,9 +8,10 @@ import torch
 
 from ..cost import ModelShape
 from ..errors import T3Error
+from ..memory import GIB
 from ..plan import Grid, Plan
 from ..weights.catalogue import known_config
-from .timing import GIB, release, timed
+from .timing import release, timed
 
 MODELS = {"1.3b": "wan2.1-t2v-1.3b", "5b": "wan2.2-ti2v-5b", "14b": "wan2.1-t2v-14b"}
 PIXELS = {"1.3b": 16, "5b": 32, "14b": 16}  # of a token's side

@@ -13,7 +13,7 @@ import torch
 from ..decoder import frame_count
 from ..jobs import Clip as SampledClip
 from ..jobs import Options
-from ..pipeline import DTYPES, Engine, _assemble, pick_device, pick_dtype
+from ..pipeline import DTYPES, Engine, assemble, pick_device, pick_dtype
 from ..plan import Grid, Plan
 from ..prompts import Prompt
 from ..sources import Sources
@@ -69,7 +69,7 @@ class Encoders:
     def __init__(self, sources: Sources, options: Options, text_tokens: int) -> None:
         self.device = pick_device(options.device)
         dtype = DTYPES[pick_dtype(options.dtype, self.device)]
-        pipe = _assemble(sources, [None], dtype, options.shift)
+        pipe = assemble(sources, [None], dtype, options.shift)
         self.vae = pipe.vae
         self.encoder = WanEncoder.from_state_dict(self.vae.state_dict(), self.device, dtype)
         self._texts = _TextEncoder(pipe, self.device, text_tokens)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 
 from ..cost import ModelShape, attention_pairs, other_macs
+from ..memory import GIB
 from ..plan import Grid, Partition
 from .config import Config, Stage
 from .data import Clips
@@ -17,7 +18,6 @@ from .model import Found, check_grids
 
 # Of the rate of a large matrix product: a guess for blocks of this kind, named in the text.
 SHARE = 0.35
-GIB = 2**30
 # Tensors of tokens x width that one block keeps for its gradient, in units of one 16-bit tensor, FFN beside: residual
 # stream and its float32 copy, normed inputs, q, k, v before and after norm and rotation, groups of both branches.
 _KEPT, _KEPT_FFN = 34, 4

@@ -74,13 +74,13 @@ def _sources(asked: Model) -> Sources:
 
 def load(found: Found, dtype: torch.dtype) -> WanTransformer3DModel:
     """Load the transformer on the CPU, in `dtype` save what the library keeps in float32, with everything applied."""
-    from ..pipeline import _fetch, _part
+    from ..pipeline import fetch_folder, load_part
 
     sources, second = found.sources, found.asked.part == "transformer_2"
     if sources.dits:
         transformer = load_transformer(sources.dits[-1 if second else 0], dtype=dtype)
     else:
-        transformer = _part(WanTransformer3DModel, _fetch(sources), found.asked.part, dtype)
+        transformer = load_part(WanTransformer3DModel, fetch_folder(sources), found.asked.part, dtype)
     for adapter in (*sources.t3_weights, *sources.loras):
         report = apply_weights(transformer, open_weights(adapter.path), adapter.strength)
         say(f"{adapter.path.name}: {report.describe()}")

@@ -9,7 +9,7 @@ import torch
 
 from ..decoder import decode_frames
 from ..errors import T3Error
-from ..pipeline import _assemble
+from ..pipeline import assemble
 from ..plan import Grid
 from ..prompts import safe_name
 from ..scheduler import ReleasedScheduler
@@ -24,7 +24,7 @@ class Sampler:
         self.asked = asked = session.config.samples
         sources, device = session.found.sources, session.accelerator.device
         Grid.from_video(asked.frames, asked.height, asked.width, sources.pixels_per_token)
-        self.pipe = _assemble(sources, [None], session.compute, asked.shift)
+        self.pipe = assemble(sources, [None], session.compute, asked.shift)
         # Beside the transformer: the pipeline takes its device from the first module it finds.
         self.vae, self.pipe.vae = self.pipe.vae, None
         self.pipe.text_encoder.to(device)

@@ -147,3 +147,9 @@ def conditions(
         "wandancer": lambda: {**image(257), "clip_fea_ref": rand(257, 1280), "fps": 30},
     }
     return sorts[name]()
+
+
+def rotate(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
+    """The host's rotation by 2x2 matrices, in any dtype. x: `[B, N, heads, d]`; freqs: `[1, N, 1, d/2, 2, 2]`."""
+    pairs = x.unflatten(-1, (-1, 1, 2))
+    return (freqs[..., 0] * pairs[..., 0] + freqs[..., 1] * pairs[..., 1]).flatten(-2)

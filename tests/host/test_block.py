@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import host_models
 import pytest
 import torch
+from host_models import rotate
 from host_runs import forward as forward_pass
 from host_runs import with_t3
 
@@ -25,11 +26,6 @@ def t3(pack, monkeypatch):
     for module in ("comfy.ldm.flux.math", "comfy.ldm.wan.model"):
         monkeypatch.setattr(f"{module}.apply_rope1", rotate)
     return SimpleNamespace(memory=parts["t3.memory"], fused=parts["t3.fused"], pack=pack, nodes=pack.nodes)
-
-
-def rotate(x, freqs):
-    pairs = x.unflatten(-1, (-1, 1, 2))
-    return (freqs[..., 0] * pairs[..., 0] + freqs[..., 1] * pairs[..., 1]).flatten(-2)
 
 
 def random(*shape, seed, dtype=torch.float64):

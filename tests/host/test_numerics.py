@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import host_models
 import pytest
 import torch
+from host_models import rotate
 from host_runs import forward, plan_of, with_t3
 
 from t3 import Grid, Plan
@@ -44,12 +45,6 @@ CASES = [
     Case("t2v", (3, 12, 10), batch=2, suffix=42, conds="context"),
     Case("camera", (3, 12, 10), conds="image"),
 ]
-
-
-def rotate(x, freqs):
-    """The host's rotation by 2x2 matrices. x: `[B, N, heads, d]`; freqs: `[1, N, 1, d/2, 2, 2]`."""
-    pairs = x.unflatten(-1, (-1, 1, 2))
-    return (freqs[..., 0] * pairs[..., 0] + freqs[..., 1] * pairs[..., 1]).flatten(-2)
 
 
 def reference(attn, x, freqs, grid, partition, prefix, dtype):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -24,6 +25,14 @@ def fresh_folder(path: Path) -> Path:
         raise SystemExit(f"{path} holds something already. Name another folder, or remove it.")
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def forget_paths(folder: Path) -> None:
+    """Take out of all configs in `folder` where diffusers loaded a model from: a path of one machine."""
+    for path in folder.rglob("config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def say(text: str) -> None:

@@ -19,7 +19,7 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from .clip_vae import ClipVae
-from .files import fresh_folder, say
+from .files import forget_paths, fresh_folder, say
 from .render import HIGH, LOW, render
 from .scenes import LONGEST, scenes
 from .train_vae import psnr
@@ -96,6 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
     fold(vae, mean, spread.clamp_min(least))
     vae.half()
     vae.save_pretrained(args.out / "vae")
+    forget_paths(args.out)
     vae.float()
     after_mean, after_spread = statistics(model, max(1, args.clips // 4), args.frames, device, dtype)
     report |= {

@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from transformers import AutoTokenizer, UMT5EncoderModel
 
-from .files import fresh_folder, say
+from .files import forget_paths, fresh_folder, say
 from .text import TEXT_DIM
 
 # Hosts take heads of 128 and infer the rest from shapes. In float16 this is 15.9 MB.
@@ -56,6 +56,7 @@ def assemble(vae: Path, text: Path, transformer: WanTransformer3DModel, out: Pat
         transformer=transformer.to(dtype),
     )
     pipe.save_pretrained(out)
+    forget_paths(out)
 
 
 def main(arguments: list[str] | None = None) -> None:
