@@ -133,6 +133,15 @@ def test_a_written_model_computes_what_was_trained(run, base):
     torch.testing.assert_close(velocity(there), velocity(here), rtol=1e-5, atol=1e-5)
 
 
+def test_the_attention_backend_is_chosen_before_the_first_step(run, monkeypatch, capsys):
+    """Compiled code cannot: on a card torch is asked with objects that a compiler does not know."""
+    from t3.retrofit import attention
+
+    monkeypatch.setattr(attention, "choose", None)
+    assert run(train={"backend": "auto"})[0] == 0
+    assert "backend sdpa: the fastest exact one" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_resume_equals_uninterrupted_bit_for_bit(run, kind, monkeypatch):
     tables = {

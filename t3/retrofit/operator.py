@@ -9,6 +9,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import _get_qkv_projections
 
+from ..backends import Backend
 from ..errors import T3Error
 from ..plan import Grid, Layer, Partition, Plan
 from .attention import training_attention
@@ -19,12 +20,13 @@ class Operator:
     """What the self-attention of every block computes at the next forward. Change it between forwards only.
 
     windows: how far window counts are from one (0, dense) to the plan's (1). mean: as in `training_attention`, None
-    for the mean alone. dense: full attention whatever the rest says.
+    for the mean alone. dense: full attention whatever the rest says. backend: the name of one, or one: compiled code
+    cannot look for the fastest.
     """
 
     plan: Plan
     branches: str = "both"
-    backend: str = "auto"
+    backend: str | Backend = "auto"
     windows: float = 1.0
     mean: torch.Tensor | None = None
     dense: bool = False
@@ -60,7 +62,7 @@ class TrainingProcessor:
     _attention_backend = None
     _parallel_config = None
 
-    def __init__(self, branches: str, backend: str) -> None:
+    def __init__(self, branches: str, backend: str | Backend) -> None:
         self.branches, self.backend = branches, backend
         self.grid: tuple[int, ...] = ()
         self.partition: tuple[int, ...] = ()

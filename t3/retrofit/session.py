@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
+from ..backends import Situation, choose
 from ..cli import say
 from ..errors import T3Error
 from ..processor import compile_blocks
@@ -114,7 +115,11 @@ def start(config: Config, found: Found, clips: Clips, accelerator: Accelerator) 
     before_mark = mark_of(transformer)
     make_trainable(transformer, config.trainable, compute)
     transformer.train()
-    operator = Operator(found.plan, config.model.branches, config.train.backend)
+    situation = Situation(accelerator.device, compute, found.config["attention_head_dim"], needs_grad=True)
+    backend, why = choose(config.train.backend, situation)
+    if accelerator.is_main_process:
+        say(f"backend {why}")
+    operator = Operator(found.plan, config.model.branches, backend)
     install(transformer, operator)
     if config.train.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
