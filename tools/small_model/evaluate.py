@@ -52,7 +52,7 @@ def sampled(engine: Engine, work: list, args) -> Iterator[tuple[list, torch.Tens
     vae = ClipVae(loaded, compiled=engine.device.type == "cuda")
     for start in range(0, len(work), args.batch):
         some = work[start : start + args.batch]
-        clips = [Clip(text, "", height, width, args.frames, args.steps, 1.0, seed) for _, _, text, seed in some]
+        clips = [Clip(text, "", height, width, args.frames, args.steps, args.cfg, seed) for _, _, text, seed in some]
         latents = engine.sample_batch(clips).to(engine.device, dtype)
         with torch.no_grad():
             pieces = [vae.decode(piece).float().clamp(-1, 1) for piece in latents.split(4)]
@@ -117,6 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--frames", type=int, default=LONGEST)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--shift", type=float, default=5.0)
+    parser.add_argument("--cfg", type=float, default=1.0, help="guidance; 1 is none")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--device", default="auto")
