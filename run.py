@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 USAGE = """usage: python3 run.py COMMAND [ARGUMENTS]
 
-  generate   text to video; without arguments a small embedded model makes a clip (python -m t3.generate)
+  generate   text to video; without arguments the embedded model draws a clip (python -m t3.generate)
   decode     saved latents to video (python -m t3.decode)
   inspect    what a file of weights is, and which of its keys have no place (python -m t3.inspect)
   convert    weights under the names of another program (python -m t3.convert)

@@ -29,8 +29,8 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipe
 from transformers import UMT5Config, UMT5EncoderModel
 
 from t3 import __version__, decode, generate
-from t3.embedded import byte_tokenizer
 from t3.weights.catalogue import known_config
+from tools.small_model.text import make_tokenizer
 
 MODELS = {
     "1.3b": ("wan2.1-t2v-1.3b", "wan2.1-vae"),
@@ -63,7 +63,7 @@ def build(folder: Path, model: str, device: str, tiny: bool) -> None:
     transformer_config = {**known_config(transformer_name), **(TINY if tiny else {})}
     vae_config = {**known_config(vae_name), **({"base_dim": 8, "decoder_base_dim": None} if tiny else {})}
     text = {"d_model": 4096, "d_kv": 64, "d_ff": 256, "num_layers": 1, "num_heads": 2}
-    tokenizer = byte_tokenizer()
+    tokenizer = make_tokenizer()
     torch.manual_seed(0)
     with torch.device(device):
         transformer = WanTransformer3DModel(**transformer_config).bfloat16()

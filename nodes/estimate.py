@@ -15,6 +15,7 @@ import comfy.model_management
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from ..t3.cost import ModelShape
 from ..t3.device_memory import allowed_bytes
 from ..t3.memory import BlockShape, Share, block_bytes, pick, plain_block_bytes, shares
 from . import wan
@@ -31,9 +32,25 @@ AROUND = 10
 OF_CARD = 0.92
 
 
-def block_shape(model, tokens: int, batch: int, element: int) -> BlockShape:
-    """What the memory of a block of the host's diffusion model depends on."""
-    return BlockShape(model.dim, model.ffn_dim, model.num_heads, batch, tokens, element)
+def block_shape(model, tokens: int, batch: int, element: int, beside: int = 0) -> BlockShape:
+    """What the memory of a block of the host's diffusion model depends on; `beside`: tokens not of the video."""
+    return BlockShape(model.dim, model.ffn_dim, model.num_heads, batch, tokens, element, beside)
+
+
+def model_shape(model) -> ModelShape:
+    """What the work of a forward pass of the host's diffusion model depends on."""
+    return ModelShape(
+        layers=len(model.blocks),
+        dim=model.dim,
+        ffn_dim=model.ffn_dim,
+        heads=model.num_heads,
+        in_channels=model.in_dim,
+        out_channels=model.out_dim,
+        text_dim=model.text_dim,
+        text_tokens=model.text_len,
+        patch=tuple(model.patch_size),
+        control_layers=tuple(getattr(model, "vace_layers_mapping", {})),
+    )
 
 
 def ways(model) -> list[Share]:
@@ -70,8 +87,9 @@ def memory_required(
     model, cond_shapes = base.diffusion_model, cond_shapes or {}
     model = getattr(model, "_orig_mod", model)
     beside = sum(math.prod(s[2:]) for name in base.memory_usage_factor_conds for s in cond_shapes.get(name) or ())
-    tokens = int((math.prod(shape[2:]) + beside) / math.prod(model.patch_size))
-    block = block_shape(model, tokens, shape[0], base.get_dtype_inference().itemsize)
+    patch = math.prod(model.patch_size)
+    tokens = int((math.prod(shape[2:]) + beside) / patch)
+    block = block_shape(model, tokens, shape[0], base.get_dtype_inference().itemsize, math.ceil(beside / patch))
     ours = pass_bytes(model, block, share or Share(), compiled) * MARGIN + AROUND * math.prod(shape) * 4
     return min(ours, base.memory_required(shape, cond_shapes=cond_shapes))
 

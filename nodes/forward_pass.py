@@ -15,7 +15,7 @@ import torch
 
 from ..t3 import Grid, Partition, Plan
 from ..t3.backends import AUTO, Backend, Situation, choose
-from ..t3.cost import attention_pairs
+from ..t3.cost import attention_pairs, other_macs, saving_warning
 from ..t3.device_memory import within_limit
 from ..t3.memory import Share, pick
 from ..t3.plan import PRESETS
@@ -90,6 +90,7 @@ def plan_forward_pass(
     memory = None if share.heads is None else _memory(model, layout, x, situation.dtype, windowed)
     found = ForwardPass(layout, partitions, backend, share, memory)
     _tell_global_tokens(layout, windowed, say)
+    _tell_little_saving(model, layout, partitions, say)
     if settings.verbose:
         say(found.describe())
     return found
@@ -119,7 +120,8 @@ def _backend(
     """
     keys = [n + (layout.beside or 0) for p in partitions for n in p.window_lengths(layout.grid)]
     if settings.backend == AUTO and (how := host_attention.chosen_by_user(options)):
-        wrong = host_attention.wrong_for(keys, how)
+        # Tokens beside the video attend everything.
+        wrong = host_attention.wrong_for([*keys, layout.grid.tokens + layout.beside] if layout.beside else keys, how)
         if wrong is None:
             say(f"attention inside windows is the one chosen by {how}.")
             return None
@@ -134,7 +136,9 @@ def _share(
 ) -> Share:
     """How blocks share out their work in the memory that is free now; says which and why where it matters."""
     tokens = layout.grid.tokens + layout.prefix + (layout.suffix or 0)
-    shape = estimate.block_shape(model, tokens, x.shape[0], dtype.itemsize)
+    # Where only the host knows how many stand beside the video, some do.
+    beside = 1 if layout.beside is None else layout.beside
+    shape = estimate.block_shape(model, tokens, x.shape[0], dtype.itemsize, beside)
     compiled = model is not base.diffusion_model
 
     def needed(share: Share) -> float:
@@ -170,6 +174,19 @@ def _tell_global_tokens(layout: wan.Layout, partitions: list[Partition], say: Sa
         f"{beside:,} tokens of references or context stand beside the video's {layout.grid.tokens:,}. Every window "
         f"attends them too, which makes attention {dearer:.1f} times the work."
     )
+
+
+def _tell_little_saving(model, layout: wan.Layout, partitions: tuple[Partition | None, ...], say: Say) -> None:
+    """Where T3 costs as much as full attention, or more."""
+    beside = layout.prefix + (layout.suffix or 0)
+    tokens, shape = layout.grid.tokens + beside, estimate.model_shape(model)
+    other = other_macs(shape, tokens)
+    layers = [*partitions, *(partitions[layer] for layer in shape.control_layers)]
+    pairs = [tokens**2 if p is None else attention_pairs(layout.grid, p, beside) for p in layers]
+    dense = 2 * shape.dim * len(layers) * tokens**2
+    if warning := saving_warning(dense + other, 2 * shape.dim * sum(pairs) + other):
+        # Right, only not worth it: no trouble that a log should be searched for.
+        say(f"{warning} (grid {_times(layout.grid)}: {layout.grid.tokens:,} tokens)", level=logging.INFO)
 
 
 def _longest(partition: Partition, grid: Grid) -> int:

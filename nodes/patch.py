@@ -20,11 +20,13 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ..t3 import Partition, Plan, t3_attention
 from ..t3.chunks import token_chunks
+from ..t3.fused import refusal
 from ..t3.memory import BlockShape
 from . import estimate, projections, wan
 from .block import T3Block, T3VaceBlock
 from .forward_pass import ForwardPass, Settings, plan_forward_pass
 from .host_attention import host_attention
+from .mixed_dtypes import have_weights_cast
 from .stand_in import StandIn, foreign_forward, is_ours, owner, stop_if_cancelled
 
 KEY = "T3"
@@ -40,13 +42,13 @@ class Installation:
     said: set[str] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def say(self, message: str, once: str | None = None) -> None:
+    def say(self, message: str, once: str | None = None, level: int = logging.WARNING) -> None:
         """Log something the user should know, once; `once`: what makes it the same, where its figures may differ."""
         with self._lock:
             new = (once or message) not in self.said
             self.said.add(once or message)
         if new:
-            log.warning("T3 Attention: %s", message)
+            log.log(level, "T3 Attention: %s", message)
 
 
 class T3SelfAttention(StandIn):
@@ -82,7 +84,7 @@ class T3SelfAttention(StandIn):
         attn: Any = self.module
         patches = options.get("patches", {}).get("attn1_patch", ())
         backend = current.backend or host_attention(options)
-        reason = projections.refused(attn, x.shape[1], freqs, patches) or projections.without_kernels(x, current)
+        reason = projections.refused(attn, x.shape[1], freqs, patches) or refusal(x)
         if reason is None and torch.compiler.is_compiling():
             return attn.o(projections.attend_compiled(attn, x, freqs, current, partition, backend))
         if reason is None:
@@ -138,6 +140,8 @@ def install(model, settings: Settings) -> list[str]:
         notes.append(f"Stay dense, being attention of another kind: {', '.join(found.left_dense)}.")
     free, notes_on_blocks = _free_blocks(model, wan.blocks(diffusion_model))
     _put(model, found.windowed, free, Installation(settings))
+    if cast := have_weights_cast(model):
+        notes.append(cast)
     return notes + notes_on_blocks
 
 
@@ -202,7 +206,10 @@ def _rebuild(installation: Installation, old, new) -> None:
         return [part for part in found if is_ours(new.object_patches.get(_key(part.path)))]
 
     attentions, blocks = ours(wan.self_attentions(fresh).windowed), ours(wan.blocks(fresh))
-    _put(new, attentions, blocks, Installation(installation.settings))
+    fresh_installation = Installation(installation.settings)
+    _put(new, attentions, blocks, fresh_installation)
+    if cast := have_weights_cast(new):
+        fresh_installation.say(cast)
 
 
 def _key(path: str) -> str:

@@ -9,6 +9,7 @@ from comfy_api.latest import io, ui
 
 from ..t3 import Plan
 from ..t3.attended import token_at
+from ..t3.cost import model_cost, saving_warning
 from ..t3.plan import PRESETS
 from ..t3.plan_facts import plan_lines
 from .families import Video, pixel_inputs, size_inputs, video, video_of_latents, widget_problem
@@ -114,7 +115,11 @@ class T3PlanPreview(io.ComfyNode):
             title=str(clip),
         )
         image = _tensor(picture)
-        report = "\n".join([f"{clip}, for {clip.family.name}", *plan_lines(chosen, clip.grid)])
+        cost = model_cost(clip.family.shape, chosen, clip.grid)
+        lines = [f"{clip}, for {clip.family.name}", *plan_lines(chosen, clip.grid)]
+        if chosen != PRESETS["dense"] and (warning := saving_warning(cost.model_dense, cost.model_t3)):
+            lines.append(warning)
+        report = "\n".join(lines)
         return io.NodeOutput(image, report, ui=ui.PreviewImage(image, cls=cls))
 
 

@@ -10,7 +10,7 @@ import torch
 from ..t3 import Partition
 from ..t3.block import Projections, Windows
 from ..t3.block import attend as attend_by_chunks
-from ..t3.fused import attention_from_projections, norm_weight, refusal
+from ..t3.fused import attention_from_projections, norm_weight
 from ..t3.memory import Share
 from .forward_pass import ForwardPass
 from .lend import linear
@@ -29,12 +29,6 @@ def refused(attn: Any, tokens: int, freqs: torch.Tensor, patches: Any) -> str | 
     if freqs.ndim != 6 or freqs.shape[1:3] != (tokens, 1) or freqs.shape[4:] != (2, 2):
         return f"its rotations have the shape {tuple(freqs.shape)}"
     return None
-
-
-def without_kernels(x: torch.Tensor, current: ForwardPass) -> str | None:
-    """Why our kernels cannot be used on tokens `x` `[B, N, dim]`, in words; None if they can."""
-    beside = x.shape[1] - current.layout.grid.tokens
-    return refusal(x, prefix=current.layout.prefix, suffix=beside - current.layout.prefix)
 
 
 def attend(
@@ -70,13 +64,16 @@ def attend_compiled(
     attn: Any, x: torch.Tensor, freqs: torch.Tensor, current: ForwardPass, partition: Partition, backend: Any
 ) -> torch.Tensor:
     """The same of the module's whole input `x`, in few operations that torch.compile takes whole."""
+    layout = current.layout
     return attention_from_projections(
         attn.q(x),
         attn.k(x),
         attn.v(x),
-        current.layout.grid,
+        layout.grid,
         partition,
         heads=attn.num_heads,
+        prefix=layout.prefix,
+        suffix=x.shape[1] - layout.grid.tokens - layout.prefix,
         backend=backend,
         **_norms_and_turns(attn, x, freqs),
     )

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 
 from .attention import t3_attention
 from .backends import Backend
-from .fused import attend_windows, refusal
+from .fused import attend_all, attend_groups, attend_windows, refusal, rows_around
 from .kernels.window_group.op import window_group, window_group_into
-from .kernels.window_merge.op import window_merge, window_merge_into
+from .kernels.window_merge.op import window_merge_into
 from .memory import Share
 from .plan import Grid, Partition
 from .windows import token_rows
@@ -100,12 +100,10 @@ def attend(p: Projections, windows: Windows, share: Share, chunks: Sequence[slic
 
     share: how the work is shared out; parts only where `p.in_parts`. chunks: slices that make up all tokens.
     """
-    beside = p.shape[1] - windows.grid.tokens
-    by_kernels = refusal(p.like, prefix=windows.prefix, suffix=beside - windows.prefix) is None
-    if share.heads is None and by_kernels:
+    if share.heads is None and refusal(p.like) is None:
         return _attend_at_once(p, windows, chunks)
     head = p.shape[2] // p.heads
-    parts = _split(p.heads, -(-p.heads // share.parts))
+    parts = head_groups(p.heads, -(-p.heads // share.parts))
     some_heads = share.heads or p.heads
     inverses: list[torch.Tensor] | None = [] if len(parts) > 1 and p.norms else None
     widest = max(part.stop - part.start for part in parts) * head
@@ -116,12 +114,11 @@ def attend(p: Projections, windows: Windows, share: Share, chunks: Sequence[slic
         whole = len(parts) == 1
         channels = None if whole else slice(part.start * head, part.stop * head)
         qkv = [x[..., : (part.stop - part.start) * head] for x in buffers]
-        _project(p, qkv, channels, inverses, chunks)
-        for some in _split(part.stop - part.start, some_heads):
+        project(p, qkv, channels, inverses, chunks)
+        for some in head_groups(part.stop - part.start, some_heads):
             here = slice(some.start * head, some.stop * head)
             there = slice((part.start + some.start) * head, (part.start + some.stop) * head)
-            work = _attend_heads if by_kernels else _attend_heads_plainly
-            work([x[..., here] for x in qkv], windows, some.stop - some.start, out[..., there])
+            attend_heads([x[..., here] for x in qkv], windows, some.stop - some.start, out[..., there])
     return out
 
 
@@ -137,13 +134,15 @@ def by_chunks(out: torch.Tensor, chunks: Sequence[slice], work: Callable[[slice,
     return out
 
 
-def _split(count: int, most: int) -> list[slice]:
+def head_groups(count: int, most: int) -> list[slice]:
+    """Slices of so many heads, of `most` each; the last may be smaller."""
     return [slice(start, min(start + most, count)) for start in range(0, count, most)]
 
 
-def _project(p: Projections, qkv: list, channels: slice | None, inverses: list | None, chunks: Sequence[slice]) -> None:
-    """q, k, v of all tokens, normed and turned, in the order of the tokens; all heads or those of `channels`.
+def project(p: Projections, qkv: list, channels: slice | None, inverses: list | None, chunks: Sequence[slice]) -> None:
+    """Fill `qkv` with q, k, v of all tokens in their order, normed and turned; all heads or those of `channels`.
 
+    qkv: `[B, N, channels]` each, or `[B, N, ranks, groups, channels of each]`, any strides but the last.
     inverses: for q and k, 1 / sqrt(mean(x^2) + eps) over the whole width, `[B, N]`, which `channels` alone do not tell;
     an empty list is filled, from projections of all channels.
     """
@@ -164,30 +163,46 @@ def _project(p: Projections, qkv: list, channels: slice | None, inverses: list |
             else:
                 y = linear.some(x, channels)
             if norm is None and turns[0] is None:
-                out[:, rows] = y
+                out[:, rows] = y.unflatten(2, out.shape[2:])
                 continue
             inverse = inverses[which][:, rows] if inverses and norm is not None else None
             window_group_into(y, [out[:, rows]], [None], norm, p.eps, *turns, inverse)
 
 
-def _attend_heads(qkv: list[torch.Tensor], windows: Windows, heads: int, slot: torch.Tensor) -> None:
-    """Some heads, `[B, N, heads*head_dim]` each, by our kernels, one grouping after the other; `slot` may be q."""
-    batch, grid, partition = slot.shape[0], windows.grid, windows.partition
+def attend_heads(qkv: list[torch.Tensor], windows: Windows, heads: int, slot: torch.Tensor) -> None:
+    """T3 attention of some heads, `[B, N, heads*head_dim]` each, normed and turned, into `slot`, which may be q.
+
+    By our kernels where they serve, one grouping after the other, or in plain torch. No gradients.
+    """
+    work = _attend_heads_by_kernels if refusal(*qkv) is None else _attend_heads_plainly
+    work(qkv, windows, heads, slot)
+
+
+def _attend_heads_by_kernels(qkv: list[torch.Tensor], windows: Windows, heads: int, slot: torch.Tensor) -> None:
+    batch, grid, partition, backend = slot.shape[0], windows.grid, windows.partition, windows.backend
     rows = list(token_rows(tuple(grid), tuple(partition), batch, slot.device))
     scale = heads**0.5 / math.sqrt(slot.shape[2])
+    prefix, end = windows.prefix, windows.prefix + grid.tokens
+    suffix = slot.shape[1] - end
+    beside = [rows_around(x, prefix, suffix) for x in qkv[1:]] if prefix or suffix else None
     parts = []
     for at in rows:
-        grouped = [x.flatten(0, 1) if at is None else window_group(x, [at])[0] for x in qkv]
-        parts.append(attend_windows(grouped, grid, partition, batch, heads, windows.backend, scale))
+        inside = (x[:, prefix:end] for x in qkv)
+        grouped = [x.flatten(0, 1) if at is None else window_group(x, [at])[0] for x in inside]
+        parts.append(attend_windows(grouped, grid, partition, batch, heads, backend, scale, beside))
         del grouped
+    if beside is not None:
+        alone = attend_all(rows_around(qkv[0], prefix, suffix), qkv[1], qkv[2], heads, backend, scale)
+        slot[:, :prefix], slot[:, end:] = alone[:, :prefix], alone[:, prefix:]
+    here = slot[:, prefix:end]
     if rows == [None]:
-        slot.copy_(parts[0].unflatten(0, (batch, -1)))
+        here.copy_(parts[0].unflatten(0, (batch, -1)))
     else:
-        window_merge_into(parts, rows, slot)
+        window_merge_into(parts, rows, here)
 
 
 def _attend_heads_plainly(qkv: list[torch.Tensor], windows: Windows, heads: int, slot: torch.Tensor) -> None:
-    """The same in plain torch, on any device, tokens beside the grid included."""
+    """The same in plain torch, on any device."""
     q, k, v = (x.unflatten(2, (heads, -1)) for x in qkv)
     memory = working_bytes(q, windows, heads)
     out = t3_attention(
@@ -212,24 +227,43 @@ def working_bytes(q: torch.Tensor, windows: Windows, heads: int) -> int:
 def _attend_at_once(p: Projections, windows: Windows, chunks: Sequence[slice]) -> torch.Tensor:
     """All heads, straight from the projections into the copies of all groupings."""
     batch, tokens, width = p.shape
-    grid, partition = windows.grid, windows.partition
+    grid, partition, prefix = windows.grid, windows.partition, windows.prefix
     rows = list(token_rows(tuple(grid), tuple(partition), batch, p.like.device))
-    groups = [[p.like.new_empty((batch * tokens, width)) for _ in range(3)] for _ in rows]
+    groups: list = [[p.like.new_empty((batch * grid.tokens, width)) for _ in range(3)] for _ in rows]
+    beside = tokens - grid.tokens
+    outside = [p.like.new_empty((batch, beside, width)) for _ in range(3)] if beside else None
     for some in chunks:
         x = p.tokens(some)
-        at = [None if to is None else to[:, some] for to in rows]
+        inside, around = _pieces(some, prefix, grid.tokens)
+        here = slice(inside.start - prefix, inside.stop - prefix)
+        at = [None if to is None else to[:, here] for to in rows]
         for which, linear in enumerate((p.q, p.k, p.v)):
+            y, how = linear.call(x), (p.norm(which, None), p.eps)
             outs = [
-                group[which] if to is not None else group[which].unflatten(0, (batch, -1))[:, some]
+                group[which] if to is not None else group[which].unflatten(0, (batch, -1))[:, here]
                 for group, to in zip(groups, rows, strict=True)
             ]
-            window_group_into(linear.call(x), outs, at, p.norm(which, None), p.eps, *p.turn(which, some))
-    del x, outs
+            if here.stop > here.start:
+                window_group_into(_rows(y, inside, some), outs, at, *how, *p.turn(which, inside))
+            for piece, first in around:
+                assert outside is not None
+                out = outside[which][:, first : first + piece.stop - piece.start]
+                window_group_into(_rows(y, piece, some), [out], [None], *how, *p.turn(which, piece))
+    del x, y, outs
     scale = 1 / math.sqrt(width // p.heads)
-    parts = []
-    for _ in rows:
-        # A group is let go of once it has been attended.
-        group, *groups = groups
-        parts.append(attend_windows(group, grid, partition, batch, p.heads, windows.backend, scale))
-    del group
-    return parts[0].unflatten(0, (batch, -1)) if rows == [None] else window_merge(parts, rows, batch)
+    return attend_groups(groups, rows, grid, partition, p.heads, windows.backend, scale, outside, prefix)
+
+
+def _pieces(some: slice, prefix: int, tokens: int) -> tuple[slice, list[tuple[slice, int]]]:
+    """Of the tokens `some`: those of a grid of `tokens` after the first `prefix`, perhaps none; and the runs of others,
+    each with the place of its first among all others."""
+    end = prefix + tokens
+    first, last = (min(max(at, prefix), end) for at in (some.start, some.stop))
+    before, after = slice(some.start, min(some.stop, prefix)), slice(max(some.start, end), some.stop)
+    around = [(before, before.start), (after, after.start - tokens)]
+    return slice(first, last), [(piece, at) for piece, at in around if piece.stop > piece.start]
+
+
+def _rows(y: torch.Tensor, piece: slice, some: slice) -> torch.Tensor:
+    """Those of `piece` from the rows of `some`."""
+    return y[:, piece.start - some.start : piece.stop - some.start]

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from .video import check_video, crop_frames, crop_rows, open_writer
 
 INTERRUPTED = 130
 BAD_INPUT = 2
+UNHARMED = "interrupted; nothing half-written is left under a final name"
 
 
 def add_video_options(parser: argparse.ArgumentParser) -> None:
@@ -106,6 +108,24 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
+def let_segments_grow() -> None:
+    """Have torch's allocator of GPU memory grow the blocks it has instead of leaving holes between them. To be called
+    before torch is imported; for command lines only, whose process is theirs.
+
+    Without it a 4K run that uses 11.5 GiB fails in 16. What the user has set stays. Where torch cannot do it (Windows,
+    ROCm) it would warn. This name of the variable is the one that every torch knows; the newer one goes before it.
+    """
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    if sys.platform != "linux" or "torch" in sys.modules or any(name in os.environ for name in names):
+        return
+    try:
+        build = version("torch")
+    except PackageNotFoundError:
+        return
+    if "rocm" not in build:
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def run(name: str, command: Callable[[], int], *, as_json: bool) -> int:
     """Run a command line's work and turn its end into an exit status.
 
@@ -121,12 +141,13 @@ def run(name: str, command: Callable[[], int], *, as_json: bool) -> int:
     try:
         return command()
     except T3Error as error:
-        return _report(name, str(error), BAD_INPUT, as_json)
+        return report(name, str(error), BAD_INPUT, as_json)
     except KeyboardInterrupt:
-        return _report(name, "interrupted; nothing half-written is left under a final name", INTERRUPTED, as_json)
+        return report(name, UNHARMED, INTERRUPTED, as_json)
 
 
-def _report(name: str, message: str, status: int, as_json: bool) -> int:
+def report(name: str, message: str, status: int, as_json: bool) -> int:
+    """Say why a command ended with `status`, which is returned; in JSON as well, if that was asked for."""
     say(f"{name}: {message}")
     if as_json:
         print(json.dumps({"ok": False, "error": message, "status": status}, ensure_ascii=False))

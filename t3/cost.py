@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .memory import BlockShape, Share, block_bytes
+from .memory import BlockShape, Share, block_bytes, joined_bytes
 from .plan import Grid, Partition, Plan
 
 FASTEST = Share()
+# A saving below this part of a forward pass is next to nothing: grouping and merging take time that MACs do not show.
+LITTLE = 0.1
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,9 @@ class ModelShape:
             control_channels=config.get("vace_in_channels") or 0,
         )
 
-    def block(self, tokens: int, *, batch: int = 1, element: int = 2) -> BlockShape:
-        """What the memory of one block depends on."""
-        return BlockShape(self.dim, self.ffn_dim, self.heads, batch, tokens, element)
+    def block(self, tokens: int, *, batch: int = 1, element: int = 2, beside: int = 0) -> BlockShape:
+        """What the memory of one block depends on; `beside`: those of the tokens that stand beside the grid."""
+        return BlockShape(self.dim, self.ffn_dim, self.heads, batch, tokens, element, beside)
 
 
 def short(number: float) -> str:
@@ -82,6 +84,20 @@ def attention_pairs(grid: Grid, partition: Partition, global_tokens: int = 0, *,
     branches = 1 if partition.coincides(grid) and not released else 2
     global_pairs = global_tokens * (grid.tokens + global_tokens)
     return branches * branch_pairs(grid, partition, global_tokens) + global_pairs
+
+
+def saving_warning(dense: int, t3: int) -> str | None:
+    """In words, that T3 makes more work than full attention, or saves next to nothing; None where it pays.
+
+    dense, t3: MACs of a forward pass of the whole model, tokens beside the grid counted.
+    """
+    if t3 > dense:
+        found = f"T3 makes {t3 / dense - 1:.1%} more work a forward pass than full attention"
+    elif (saved := 1 - t3 / dense) < LITTLE:
+        found = f"T3 saves only {saved:.1%} of the work of a forward pass, less than its grouping may cost"
+    else:
+        return None
+    return f"{found} on this clip: it pays for larger or longer ones. Plan dense is full attention."
 
 
 @dataclass(frozen=True)
@@ -131,24 +147,26 @@ def other_macs(shape: ModelShape, tokens: int) -> int:
 
 
 def activation_bytes(
-    shape: ModelShape, tokens: int, *, batch: int = 1, element: int = 2, share: Share | None = FASTEST
+    shape: ModelShape, tokens: int, *, batch: int = 1, element: int = 2, share: Share | None = FASTEST, beside: int = 0
 ) -> int:
     """Peak activation bytes of one forward pass of the diffusers model with T3 attention, weights not counted.
 
     `element` is the bytes of one activation (2 for bfloat16). share: how blocks share out their work; None: they run
-    whole, as when compiled. Counted from the model's code: a block, see `memory.block_bytes`; or the model's end, where
-    the last block's output lies beside two float32 tensors of its size. Whole blocks hold the FFN's inner tensor twice,
-    beside the residual stream, its float32 copy and the normed input; or, where the FFN is narrow, ten tensors in
-    attention. The float32 cosines and sines of RoPE live throughout, as does what each control block adds to the layer
-    it joins. A few per cent less than measured (`benchmarks/README.md`).
+    whole, as when compiled. beside: those of the tokens that stand beside the grid.
+    Counted from the model's code: a block, see `memory.block_bytes`; or the model's end, where the last block's output
+    lies beside two float32 tensors of its size. Whole blocks hold the FFN's inner tensor twice, beside the residual
+    stream, its float32 copy and the normed input; or, where the FFN is narrow, ten tensors in attention. The float32
+    cosines and sines of RoPE live throughout, as does what each control block adds to the layer it joins. A few per
+    cent less than measured (`benchmarks/README.md`).
     """
     wide, narrow = tokens * shape.ffn_dim * element, tokens * shape.dim * element
     float_copy = tokens * shape.dim * 4
     end = batch * (narrow + 2 * float_copy)
     if share is None:
-        block = batch * max(2 * wide + 2 * narrow + float_copy, 10 * narrow + float_copy)
+        joined = joined_bytes(batch * narrow) if beside else 0
+        block = max(batch * (2 * wide + 2 * narrow + float_copy), batch * (10 * narrow + float_copy) + joined)
     else:
-        block = block_bytes(shape.block(tokens, batch=batch, element=element), share)
+        block = block_bytes(shape.block(tokens, batch=batch, element=element, beside=beside), share)
     rope_tables = 2 * tokens * (shape.dim // shape.heads) * 4
     control = (len(shape.control_layers) + 1) * narrow if shape.control_layers else 0
     return rope_tables + batch * control + max(block, end)
@@ -183,5 +201,7 @@ def model_cost(
         attention_released=attention(True),
         attention_t3=attention(False),
         other=other_macs(shape, tokens),
-        activation_bytes=activation_bytes(shape, tokens, batch=batch, element=element, share=share),
+        activation_bytes=activation_bytes(
+            shape, tokens, batch=batch, element=element, share=share, beside=global_tokens
+        ),
     )

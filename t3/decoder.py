@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -10,6 +11,9 @@ from diffusers import AutoencoderKLWan
 from .errors import T3Error
 from .vae import WanDecoder
 from .vae import decode_frames as decode_in_tiles
+
+if TYPE_CHECKING:
+    from .vae.ranks import Ranks
 
 Say = Callable[[str], None]
 
@@ -32,7 +36,13 @@ def check_latents(latents: torch.Tensor, vae: AutoencoderKLWan) -> None:
 
 
 def decode_frames(
-    vae: AutoencoderKLWan, latents: torch.Tensor, device: torch.device, say: Say, bit_depth: int
+    vae: AutoencoderKLWan,
+    latents: torch.Tensor,
+    device: torch.device,
+    say: Say,
+    bit_depth: int,
+    ranks: Ranks | None = None,
+    report: dict | None = None,
 ) -> Iterator:
     """Decode `[1, C, T, H, W]` latents in the VAE's space. Yields frames `[1, H, W, 3]` on the CPU.
 
@@ -40,6 +50,8 @@ def decode_frames(
     to uint16. Tiles hold all of their time, so that the first frame is there when the last is: the whole clip waits in
     3 or 6 bytes per pixel.
     vae: on any device; its decoder's weights are copied to `device`. `say` is told what the decode resorts to.
+    ranks: processes that share the decode; this is for rank 0, and all others call `help_decode` meanwhile.
+    report: takes the tiles and how even the shares are, where ranks share.
     """
     check_latents(latents, vae)
     from tqdm import tqdm
@@ -54,6 +66,21 @@ def decode_frames(
             bar.total = total
             bar.update(done - bar.n)
 
-        decode_in_tiles(decoder, latents, out=out, progress=progress, say=say)
+        if ranks is None or ranks.size == 1:
+            decode_in_tiles(decoder, latents, out=out, progress=progress, say=say)
+        else:
+            from .vae.shared_decode import decode_shared
+
+            decode_shared(decoder, latents, ranks, out=out, progress=progress, say=say, report=report)
     del decoder
     yield from out[0].split(1)
+
+
+def help_decode(vae: AutoencoderKLWan, device: torch.device, ranks: Ranks, report: dict | None = None) -> None:
+    """What all ranks but 0 do while that one takes the frames of `decode_frames`: their share of the decode.
+
+    vae, device, report: as there. Raises what ends the decode on this rank.
+    """
+    from .vae.shared_decode import decode_shared
+
+    decode_shared(WanDecoder.from_state_dict(vae.state_dict(), device, vae.dtype), None, ranks, report=report)

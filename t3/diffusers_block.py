@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +22,13 @@ from .fused import norm_weight
 from .kernels.add_norm.op import add_, add_norm
 from .memory import BlockShape, Share
 
+if TYPE_CHECKING:
+    from .parallel.sequence import Spread
+
 # Named here for torch.compile, which does not look these up on their classes.
 _WHOLE, _WHOLE_VACE = WanTransformerBlock.forward, WanVACETransformerBlock.forward
-# `windows(attn1)` and the share, or None where self-attention is not ours.
-Attention = Callable[[Any], tuple[Windows, Share] | None]
+# `windows(attn1)`, the share, and the ranks the tokens are spread among; or None where self-attention is not ours.
+Attention = Callable[[Any], "tuple[Windows, Share, Spread | None] | None"]
 
 
 class BlockByChunks:
@@ -102,8 +105,13 @@ class BlockByChunks:
             update = block.attn1(normed(slice(0, x.shape[1])), None, None, rotary)
             out = torch.empty_like(x, memory_format=torch.contiguous_format)
         else:
-            windows, share = ours
-            out = attend(projections, windows, share if projections.in_parts else Share(share.heads), chunks)
+            windows, share, spread = ours
+            if spread is None:
+                out = attend(projections, windows, share if projections.in_parts else Share(share.heads), chunks)
+            else:
+                from .parallel.sequence import attend_projections
+
+                out = attend_projections(projections, windows, spread, share.heads, chunks)
             update = None
         del projections
         up, down = block.ffn.net[0].proj, block.ffn.net[2]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import glob
 import itertools
 import os
 import secrets
@@ -114,6 +115,16 @@ def atomic_folder(
         _publish(temp, target, replace)
     finally:
         shutil.rmtree(temp, ignore_errors=True)
+
+
+def remove_partial(path: str | os.PathLike[str], pid: int) -> None:
+    """Remove what process `pid` of this machine, which is gone, had begun and not finished of an output."""
+    final = _final(path)
+    for leftover in final.parent.glob(glob.escape(f".{final.stem[:40]}.partial-{pid}-") + "*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def _final(path: str | os.PathLike[str]) -> Path:

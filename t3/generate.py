@@ -10,11 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, cli
+from .batch import Batch
 from .embedded import NOTICE
 from .errors import T3Error
 from .images import load_image
 from .jobs import Job, Options, make_jobs, run_jobs
 from .memory import AUTO, MODES
+from .parallel import faults
+from .parallel.split import Split, Task, choose
+from .parallel.team import form_team
+from .parallel.world import World
 from .plan import Grid, Plan
 from .plan_choice import resolve_plan
 from .report import fact_lines, run_facts
@@ -26,9 +31,25 @@ NEGATIVE_PROMPT = (
     "残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，"
     "三条腿，背景人很多，倒着走"
 )
-# The released settings; and what fits a minute of two CPU cores.
-DEFAULTS: dict[str, Any] = {"height": 2176, "width": 3840, "frames": 81, "steps": 50, "fps": 30}
-EMBEDDED_DEFAULTS: dict[str, Any] = {"height": 256, "width": 448, "frames": 13, "steps": 8, "fps": 8}
+# The released settings; and the size the embedded model was tuned at, with what takes half a minute on two CPU cores.
+DEFAULTS: dict[str, Any] = {
+    "height": 2176,
+    "width": 3840,
+    "frames": 81,
+    "steps": 50,
+    "cfg": 5.0,
+    "negative_prompt": NEGATIVE_PROMPT,
+    "fps": 30,
+}
+EMBEDDED_DEFAULTS: dict[str, Any] = {
+    "height": 224,
+    "width": 320,
+    "frames": 21,
+    "steps": 25,
+    "cfg": 1.0,
+    "negative_prompt": "",
+    "fps": 8,
+}
 EMBEDDED_PROMPT = "a red square moving left"
 
 
@@ -36,8 +57,9 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line of `t3.generate`."""
     parser = argparse.ArgumentParser(
         prog="python -m t3.generate",
-        description="Generate video with a Wan model under T3 attention. With no model named, a small embedded test "
-        "model runs: its weights are random and its picture is texture.",
+        description="Generate video with a Wan model under T3 attention. With no model named, a small embedded "
+        "one runs, which draws coloured shapes, at sizes and steps of its own. On several cards: "
+        "torchrun --nproc-per-node N -m t3.generate ...",
         epilog="exit status: 0 everything asked for is on disk; 1 something failed; 2 bad arguments or input; "
         "130 interrupted",
     )
@@ -68,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     clip = parser.add_argument_group("clip")
     clip.add_argument("--prompt", help="what to show")
-    clip.add_argument("--negative-prompt", default=NEGATIVE_PROMPT, help="what to avoid (default: Wan's own)")
+    clip.add_argument("--negative-prompt", help="what to avoid (default: Wan's own)")
     clip.add_argument("--prompts", metavar="FILE", help="many prompts: a line each, JSON or JSON lines; resumes")
     clip.add_argument("--shard", type=_shard, metavar="I/N", help="this process's share of --prompts, e.g. 0/4")
     clip.add_argument("--image", type=Path, help="image to start from")
@@ -77,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     clip.add_argument("--width", type=int, help="pixels (default: 3840)")
     clip.add_argument("--frames", type=int, help="4n+1 (default: 81)")
     clip.add_argument("--steps", type=int, help="sampling steps (default: 50)")
-    clip.add_argument("--cfg", type=float, default=5.0, help="guidance; 1 is none and halves the time (default: 5)")
+    clip.add_argument("--cfg", type=float, help="guidance; 1 is none and halves the time (default: 5)")
     clip.add_argument("--shift", type=float, default=5.0, help="of the noise levels (default: 5)")
     clip.add_argument("--seed", type=int, default=0, help="of the noise, drawn on the CPU (default: 0)")
 
@@ -97,6 +119,13 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     how.add_argument(
         "--offload", default="auto", choices=("auto", "none", "model", "group"), help="weights to main memory"
+    )
+    how.add_argument(
+        "--split",
+        default=AUTO,
+        metavar="HOW",
+        help="of the work over torchrun's processes: auto, or e.g. data=2,guidance=2,sequence=2: clips, the two "
+        "predictions of a step, tokens",
     )
     how.add_argument("--compile", action="store_true", help="torch.compile the transformer's blocks")
     how.add_argument("--dry-run", action="store_true", help="print what would be loaded, windows, cost; load nothing")
@@ -189,18 +218,24 @@ def _check_images(jobs: list[Job], sources: Sources) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = build_parser().parse_args(argv)
-    return cli.run("t3.generate", lambda: _generate(args), as_json=args.json)
+    cli.let_segments_grow()
+    return faults.run("t3.generate", lambda world: _generate(args, world), as_json=args.json)
 
 
-def _generate(args: argparse.Namespace) -> int:
+def _generate(args: argparse.Namespace, world: World) -> int:
     sources, plan, reason, grid = settle(args)
-    jobs, done = make_jobs(args)
+    if args.dry_run and not world.is_first:
+        return 0
+    if not args.dry_run:
+        world.start(args.device)
+    jobs, done = _jobs_of_all(args, world)
     _check_images(jobs, sources)
+    split = _split(args, world, sources, grid, len(jobs))
     passes = args.steps * (2 if args.cfg > 1 else 1)
     dtype = args.dtype if args.dtype != "auto" else "fp32" if sources.embedded else "bf16"
-    facts = run_facts(sources, plan, reason, grid, dtype, passes)
+    facts = run_facts(sources, plan, reason, grid, dtype, passes, split)
     # What a dry run prints is its result; before a real run it is news.
-    tell = print if args.dry_run and not args.json else cli.say
+    tell = print if args.dry_run and not args.json else world.say
     if sources.embedded:
         tell(NOTICE)
     for line in fact_lines(facts):
@@ -210,12 +245,43 @@ def _generate(args: argparse.Namespace) -> int:
     result = {"ok": True, "version": __version__, **facts, "already_done": done, "clips": []}
     if args.dry_run or not jobs:
         result["dry_run"] = args.dry_run
-        _print_result(result, args)
+        _print_result(result, args, world)
         return 0
-    return _sample_all(args, sources, plan, grid, jobs, result)
+    return _sample_all(args, sources, plan, grid, jobs, result, world, split[0])
 
 
-def _sample_all(args, sources: Sources, plan: Plan, grid: Grid, jobs: list, result: dict[str, Any]) -> int:
+def _jobs_of_all(args: argparse.Namespace, world: World) -> tuple[list[Job], int]:
+    """What is left to do, as rank 0 found it: a clip that another has finished since is not missing from the list."""
+    if args.dry_run or world.size == 1:
+        return make_jobs(args)
+    jobs, done = make_jobs(args) if world.is_first else ([], 0)
+    names, done = world.share([[job.name for job in jobs], done])
+    return (jobs if world.is_first else make_jobs(args, names)[0]), done
+
+
+def _split(args: argparse.Namespace, world: World, sources: Sources, grid: Grid, clips: int) -> tuple[Split, str]:
+    if (world.size == 1 and args.split == AUTO) or not clips:
+        return Split(), "one process" if world.size == 1 else "nothing to do"
+    heads = sources.transformer["num_attention_heads"]
+    split, why = choose(args.split, world.size, Task(heads, grid.tokens, args.cfg > 1, clips))
+    if args.compile and split.sequence > 1:
+        raise T3Error(
+            f"--compile does not go with tokens over {split.sequence} ranks, which exchange them inside each block. "
+            "Leave it out, or use --split with guidance and data only."
+        )
+    return split, why
+
+
+def _sample_all(
+    args,
+    sources: Sources,
+    plan: Plan,
+    grid: Grid,
+    jobs: list,
+    result: dict[str, Any],
+    world: World,
+    split: Split,
+) -> int:
     watch = cli.Stopwatch()
     with watch.stage("load"):
         cli.quiet_libraries()
@@ -224,7 +290,7 @@ def _sample_all(args, sources: Sources, plan: Plan, grid: Grid, jobs: list, resu
         memory = None if args.attention_memory is None else int(args.attention_memory * 2**30)
         options = Options(
             dtype=args.dtype,
-            device=args.device,
+            device=str(world.device or args.device),
             offload=args.offload,
             backend=args.backend,
             memory=args.memory,
@@ -232,8 +298,9 @@ def _sample_all(args, sources: Sources, plan: Plan, grid: Grid, jobs: list, resu
             compile=args.compile,
             shift=args.shift,
         )
-        engine = Engine.load(sources, plan, options, grid, cli.say)
-    cli.say(f"backend    {engine.backend_why}")
+        team = form_team(world, split)
+        engine = Engine.load(sources, plan, options, grid, world.say, team)
+    world.say(f"backend    {engine.backend_why}")
     settings = {
         "model": sources.name,
         "files": sources.fingerprint(),
@@ -241,27 +308,35 @@ def _sample_all(args, sources: Sources, plan: Plan, grid: Grid, jobs: list, resu
         "shift": args.shift,
         "dtype": engine.dtype,
     }
-    clips = run_jobs(engine, jobs, args, settings, watch)
+    batch = Batch(jobs, args)
+    clips = run_jobs(engine, batch, args, settings, watch, team)
+    mine = {"clips": clips if team.is_leader else [], "peak_memory_bytes": cli.peak_memory()}
+    ranks = world.gather(mine)
+    clips, elsewhere = batch.outcome([clip for rank in ranks for clip in rank.pop("clips")])
     failed = [clip for clip in clips if clip["status"] != "done"]
     result.update(
-        ok=not failed and len(clips) == len(jobs),
+        ok=not failed,
+        elsewhere=elsewhere,
         clips=clips,
         device=str(engine.device),
         dtype=engine.dtype,
         backend={"name": engine.backend, "why": engine.backend_why},
         seconds={name: round(value, 3) for name, value in watch.seconds.items()},
-        peak_memory_bytes=cli.peak_memory(),
+        peak_memory_bytes=ranks[0]["peak_memory_bytes"],
+        **({"by_rank": ranks} if world.size > 1 else {}),
     )
     for clip in clips:
-        if clip["status"] == "done":
-            cli.say(f"wrote      {clip.get('out') or clip['latents']}")
-    cli.say("seconds    " + ", ".join(f"{name} {value:.1f}" for name, value in watch.seconds.items()))
-    _print_result(result, args)
+        if clip["status"] == "done" and "by" not in clip:
+            world.say(f"wrote      {clip.get('out') or clip['latents']}")
+    if elsewhere:
+        world.say(f"elsewhere  {len(elsewhere)} clips are in the hands of other processes: {', '.join(elsewhere[:10])}")
+    world.say("seconds    " + ", ".join(f"{name} {value:.1f}" for name, value in watch.seconds.items()))
+    _print_result(result, args, world)
     return 0 if result["ok"] else 1
 
 
-def _print_result(result: dict[str, Any], args: argparse.Namespace) -> None:
-    if args.json:
+def _print_result(result: dict[str, Any], args: argparse.Namespace, world: World) -> None:
+    if args.json and world.is_first:
         print(json.dumps(result, ensure_ascii=False, indent=2))
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .batch import Batch
 from .cli import Stopwatch, check_clip, say, write_clip
 from .errors import T3Error
 from .files import check_output
@@ -16,6 +17,7 @@ from .prompts import Prompt, output_path, pending, read_prompts, shard
 from .video import check_video_path
 
 if TYPE_CHECKING:
+    from .parallel.team import Team
     from .pipeline import Engine
 
 LATENTS_SUFFIX = ".latent"
@@ -62,8 +64,10 @@ class Job:
     latents: Path | None
 
 
-def make_jobs(args: argparse.Namespace) -> tuple[list[Job], int]:
+def make_jobs(args: argparse.Namespace, names: list[str] | None = None) -> tuple[list[Job], int]:
     """The jobs that are left to do, and how many are done already.
+
+    names: of the jobs, where another process has found out which are left and has checked them.
 
     One `--prompt` makes one job. Of a `--prompts` file, this process's share makes one each, named after its prompt;
     those whose outputs exist are done (unless `--overwrite`): running the same command again finishes the rest.
@@ -74,7 +78,8 @@ def make_jobs(args: argparse.Namespace) -> tuple[list[Job], int]:
             raise T3Error("--shard splits the prompts of a --prompts file; with one --prompt leave it out.")
         out = None if args.no_decode else Path(args.out) if args.out else _free_default(args.format)
         job = Job(out.stem if out else "clip", _clip(args, None), _as_asked(out, args.out), args.latents_out)
-        _check(job, args)
+        if names is None:
+            _check(job, args)
         return [job], 0
     prompts = read_prompts(args.prompts)
     if args.shard:
@@ -83,7 +88,9 @@ def make_jobs(args: argparse.Namespace) -> tuple[list[Job], int]:
     out_folder = None if args.no_decode else Path(args.out or DEFAULT_FOLDER)
     latents_folder = Path(args.latents_out) if args.latents_out else None
     todo = list(prompts)
-    if not args.overwrite:
+    if names is not None:
+        todo = [p for p in prompts if p.name in set(names)]
+    elif not args.overwrite:
         unfinished = {
             p.name for folder, s in _wanted(out_folder, suffix, latents_folder) for p in pending(prompts, folder, s)
         }
@@ -93,12 +100,20 @@ def make_jobs(args: argparse.Namespace) -> tuple[list[Job], int]:
         out = output_path(prompt, out_folder, suffix) if out_folder else None
         latents = output_path(prompt, latents_folder, LATENTS_SUFFIX) if latents_folder else None
         job = Job(prompt.name, _clip(args, prompt), out, latents)
-        if job.latents and job.latents.exists() and not args.overwrite:
+        if names is not None:
+            pass
+        elif job.latents and job.latents.exists() and not args.overwrite:
             _check(Job(job.name, job.clip, job.out, None), args)  # its latents are there and will be reused
         else:
-            _check(job, args)
+            try:
+                _check(job, args)
+            except T3Error:
+                # Other processes go on while this one looks: what they finish meanwhile is not in the way.
+                if args.overwrite or not Batch([], args).is_finished(job):
+                    raise
+                continue
         jobs.append(job)
-    return jobs, len(prompts) - len(todo)
+    return jobs, len(prompts) - len(jobs)
 
 
 def _wanted(out: Path | None, suffix: str, latents: Path | None) -> list[tuple[Path, str]]:
@@ -152,42 +167,58 @@ def _check(job: Job, args: argparse.Namespace) -> None:
 
 
 def run_jobs(
-    engine: Engine, jobs: list[Job], args: argparse.Namespace, settings: dict[str, Any], watch: Stopwatch
+    engine: Engine, batch: Batch, args: argparse.Namespace, settings: dict[str, Any], watch: Stopwatch, team: Team
 ) -> list[dict[str, Any]]:
-    """Make every clip. Returns one result each: `status` is "done" or "failed", with `error` where it failed.
+    """Make this team's share of the clips. Returns one result each: `status` is "done" or "failed", with `error` where
+    it failed.
 
-    A clip that fails does not stop the others, save where memory ran out, which the others would repeat.
+    A clip that fails does not stop the others, save where memory ran out, which the others would repeat, and where
+    other ranks have a part in it: they wait for this one, so that all must end.
     """
     import torch
 
-    results = []
-    for number, job in enumerate(jobs, 1):
-        if len(jobs) > 1:
-            say(f"[{number}/{len(jobs)}] {job.name}")
-        result: dict[str, Any] = {"name": job.name, "prompt": job.clip.prompt, "seed": job.clip.seed}
-        results.append(result)
-        try:
-            result.update(_run(engine, job, args, settings, watch), status="done")
-        except torch.OutOfMemoryError as error:
-            result.update(status="failed", error=f"out of memory: {_first_line(error)} {_LESS_MEMORY}")
-            say(f"{job.name}: {result['error']}")
-            break
-        except (T3Error, OSError) as error:
-            result.update(status="failed", error=_first_line(error))
-            say(f"{job.name}: {result['error']}")
+    results: list[dict[str, Any]] = []
+    taken = batch.of_team(team)
+    with contextlib.closing(taken):
+        for number, job in enumerate(taken, 1):
+            if len(batch.jobs) > 1 and team.is_leader:
+                say(f"[{number}/{len(batch.jobs)}] {job.name}" + (f", by team {team.index}" if team.index else ""))
+            result: dict[str, Any] = {"name": job.name, "prompt": job.clip.prompt, "seed": job.clip.seed}
+            results.append(result)
+            try:
+                result.update(_run(engine, job, args, settings, watch, team), status="done")
+            except torch.OutOfMemoryError as error:
+                result.update(status="failed", error=f"out of memory: {_first_line(error)} {_LESS_MEMORY}")
+                _end_team(team, job, result["error"], error)
+                say(f"{job.name}: {result['error']}")
+                break
+            except (T3Error, OSError) as error:
+                result.update(status="failed", error=_first_line(error))
+                _end_team(team, job, result["error"], error)
+                say(f"{job.name}: {result['error']}")
     return results
 
 
 _LESS_MEMORY = "Try --memory lean, --offload model or group, --dtype fp8, or a smaller size."
 
 
-def _run(engine: Engine, job: Job, args: argparse.Namespace, settings: dict[str, Any], watch: Stopwatch) -> dict:
+def _end_team(team: Team, job: Job, text: str, error: BaseException) -> None:
+    if team.size > 1:
+        raise RuntimeError(f"{job.name}: {text}") from error
+
+
+def _run(
+    engine: Engine, job: Job, args: argparse.Namespace, settings: dict[str, Any], watch: Stopwatch, team: Team
+) -> dict:
+    if not team.is_leader:
+        return _help(engine, job, watch, team)
     from .latents import save_latents
 
     metadata = {"t3": {**settings, **_plain(asdict(job.clip)), "fps": args.fps}}
     # Until the clip is written its latents are on disk: whatever happens to the decode, the sampling is not lost.
     stored = job.latents or _rescue_path(job, metadata)
     latents = None if args.overwrite else _stored_latents(stored, metadata)
+    team.share(latents is None)
     if latents is None:
         with watch.stage("sample"):
             latents = engine.sample(job.clip)
@@ -198,7 +229,7 @@ def _run(engine: Engine, job: Job, args: argparse.Namespace, settings: dict[str,
         return {"latents": str(stored)}
     try:
         with watch.stage("decode"):
-            write_clip(job.out, _frames(engine, latents, args.bit_depth), args.width, args.height, args, metadata)
+            write_clip(job.out, _frames(engine, latents, args.bit_depth, team), args.width, args.height, args, metadata)
     except BaseException:
         say(f"{job.name}: not decoded, but not lost: the latents are in {stored}. {_how_to_decode(engine, stored)}")
         raise
@@ -207,10 +238,24 @@ def _run(engine: Engine, job: Job, args: argparse.Namespace, settings: dict[str,
     return {"out": str(job.out), **({"latents": str(stored)} if job.latents else {})}
 
 
-def _frames(engine: Engine, latents, bit_depth: int) -> Iterator:
+def _help(engine: Engine, job: Job, watch: Stopwatch, team: Team) -> dict:
+    """This rank's part in a clip that the team's leader writes."""
+    from .decoder import help_decode
+
+    if team.share():
+        with watch.stage("sample"):
+            engine.sample(job.clip)
+    ranks = team.ranks()
+    if job.out is not None and ranks is not None:
+        with watch.stage("decode"):
+            help_decode(engine.vae, engine.device, ranks)
+    return {}
+
+
+def _frames(engine: Engine, latents, bit_depth: int, team: Team) -> Iterator:
     from .decoder import decode_frames, frame_count
 
-    frames = decode_frames(engine.vae, latents, engine.device, say, bit_depth)
+    frames = decode_frames(engine.vae, latents, engine.device, say, bit_depth, team.ranks())
     return with_progress(frames, frame_count(latents.shape[2]))
 
 

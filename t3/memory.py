@@ -15,6 +15,8 @@ AUTO, FAST, LEAN = MODES = ("auto", "fast", "lean")
 CHUNK_BYTES = 2**29
 # Heads work in so many groups where memory is short: what they need is then little beside what is there in any case.
 MOST_GROUPS = 12
+# Most that keys and values of windows, joined with those of tokens beside the grid, take at once.
+JOINED_BYTES = 2**30
 GIB = 2**30
 
 
@@ -34,7 +36,7 @@ class Share(NamedTuple):
 
 class BlockShape(NamedTuple):
     """What a block's memory depends on: width, width inside the feed-forward, heads, samples, tokens, bytes of one
-    activation."""
+    activation, and how many of the tokens stand beside the grid."""
 
     dim: int
     ffn_dim: int
@@ -42,6 +44,7 @@ class BlockShape(NamedTuple):
     batch: int
     tokens: int
     element: int = 2
+    beside: int = 0
 
     @property
     def tensor(self) -> int:
@@ -65,19 +68,27 @@ def shares(heads: int, parts: bool = True) -> list[Share]:
     return found + [Share(least, n) for n in (2, 3, 4) if parts and n <= heads]
 
 
+def joined_bytes(queries: int) -> int:
+    """Bytes that keys and values of windows, joined with those of tokens beside the grid, may take where the queries at
+    work take `queries`. One window of one head is attended even if it needs more."""
+    return min(JOINED_BYTES, 2 * queries)
+
+
 def block_bytes(shape: BlockShape, share: Share) -> int:
     """Bytes of a block at its peak, input and output included, weights not, of two groupings that differ.
 
     Fast: input, q, k, v for both groupings, a result. Lean: input, q (which becomes the output), k, v, and for the
     heads at work q, k, v once more and a result of either grouping. In parts: the same, but q, k, v of one part only,
-    and an output beside them.
+    and an output beside them. Tokens beside the grid: `joined_bytes` more.
     """
     one, chunk = shape.tensor, shape.chunk
     projected = 4 * chunk * shape.dim * shape.element
     if share.heads is None:
-        attention = 7 * one + max(one, projected)
+        joined = joined_bytes(one) if shape.beside else 0
+        attention = 7 * one + max(one + joined, projected)
     else:
-        group = 5 * one * share.heads // shape.heads
+        queries = one * share.heads // shape.heads
+        group = 5 * queries + (joined_bytes(queries) if shape.beside else 0)
         held = one * -(-shape.heads // share.parts) // shape.heads
         attention = (one if share.parts == 1 else 2 * one) + 3 * held + max(group, projected)
     rest = 2 * one + chunk * (shape.ffn_dim + 3 * shape.dim) * shape.element
@@ -88,7 +99,8 @@ def plain_block_bytes(shape: BlockShape) -> int:
     """The same of a block that is run whole, as under torch.compile: the feed-forward's inner tensor twice beside the
     input, its normed copy and the output; or attention over all heads."""
     one = shape.tensor
-    return max(3 * one + 2 * shape.batch * shape.tokens * shape.ffn_dim * shape.element, 10 * one)
+    joined = joined_bytes(one) if shape.beside else 0
+    return max(3 * one + 2 * shape.batch * shape.tokens * shape.ffn_dim * shape.element, 10 * one + joined)
 
 
 def pick(mode: str, ways: Sequence[Share], needed: Callable[[Share], float], free: float) -> tuple[Share, str]:

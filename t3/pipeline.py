@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import (
@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 
 from .backends import Situation, choose, installed
 from .cost import ModelShape, activation_bytes
-from .embedded import ensure_embedded
+from .encoder import Encoder
 from .errors import T3Error
 from .images import load_image
 from .jobs import Clip, Options
@@ -29,6 +29,9 @@ from .sources import Sources
 from .vace import Control, VacePipeline
 from .weights import apply_weights, load_text_encoder, load_transformer, load_vae, open_weights
 from .weights.load import transformer_class
+
+if TYPE_CHECKING:
+    from .parallel.team import Team
 
 Say = Callable[[str], None]
 # fp8: weights stored in 8 bits, computed in bfloat16 (diffusers' layerwise casting).
@@ -46,14 +49,19 @@ class Engine:
         self.dtype = dtype
         self.backend = self.backend_why = ""
         self.installations: list[T3Installation] = []
-        self._control = Control(pipe.vae, device)
+        self._encode = Encoder(pipe.vae, device)
+        self._encode.for_pipeline()
+        self._control = Control(self._encode)
 
     @classmethod
-    def load(cls, sources: Sources, plan: Plan, options: Options, grid: Grid, say: Say) -> Engine:
+    def load(
+        cls, sources: Sources, plan: Plan, options: Options, grid: Grid, say: Say, team: Team | None = None
+    ) -> Engine:
         """Load all weights, apply T3 weights and LoRAs, install T3, and place everything.
 
         `grid` is the largest to be sampled (it decides whether `offload="auto"` offloads); `say` takes one line of
-        text each time there is something the user should know.
+        text each time there is something the user should know. team: the ranks that make a clip together; all of them
+        must load, and then sample the same clips.
         Raises `T3Error` when a part cannot be loaded or an option cannot be met here.
         """
         device = pick_device(options.device)
@@ -69,18 +77,26 @@ class Engine:
         engine.backend = chosen.name
         compiled = options.compile and can_compile(device, say)
         memory = options.memory if options.attention_memory is None else options.attention_memory
+        engine._encode.say = say
+        engine._encode.ranks = None if team is None else team.ranks()
+        spread = None if team is None else team.spread()
         for transformer in transformers:
             transformer.register_forward_hook(_velocity_in_float32)
             if dtype == "fp8":
                 transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=compute)
-            engine.installations.append(install_t3(transformer, plan, backend=chosen, memory=memory, say=say))
+            engine.installations.append(
+                install_t3(transformer, plan, backend=chosen, memory=memory, say=say, spread=spread)
+            )
             if compiled:
                 compile_blocks(transformer, plan)
+            if team is not None:
+                team.divide(transformer, spread)
         weights = sources.parameters * (1 if dtype == "fp8" else compute.itemsize)
         # Where "auto" is lean if need be, weights stay on the card as long as that fits.
         ways = shares(shape.heads)
         share = None if compiled or options.offload == "group" else ways[0] if memory == FAST else ways[-1]
-        activations = activation_bytes(shape, grid.tokens, element=compute.itemsize, share=share)
+        tokens = grid.tokens if spread is None else max(spread.shares(grid.tokens))
+        activations = activation_bytes(shape, tokens, element=compute.itemsize, share=share)
         _place(pipe, device, options.offload, weights + activations, say)
         return engine
 
@@ -193,9 +209,7 @@ def _load_transformers(sources: Sources, dtype: torch.dtype, say: Say) -> list[W
 
 
 def fetch_folder(sources: Sources) -> Path:
-    """The folder to load from; builds the embedded model or downloads from the hub if need be."""
-    if sources.embedded:
-        return ensure_embedded()
+    """The folder to load from; downloads from the hub if need be."""
     if not sources.hub_id:
         assert sources.folder is not None
         return sources.folder

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -20,6 +20,9 @@ from .diffusers_block import BlockByChunks, turns
 from .fused import attention_from_projections, norm_weight, refusal
 from .memory import AUTO, FAST, GIB, LEAN, Share, block_bytes, pick, shares
 from .plan import Grid, Partition, Plan
+
+if TYPE_CHECKING:
+    from .parallel.sequence import Spread
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -50,6 +53,8 @@ class T3AttentionProcessor:
         self.backend = backend
         self.memory = memory
         self.share = Share()
+        # The ranks among which tokens are spread, and how; see `parallel.sequence`.
+        self.spread: Spread | None = None
         self.grid: Grid | None = None
         self.partition: Partition | None = None
 
@@ -57,7 +62,9 @@ class T3AttentionProcessor:
         q, k, v = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
         backend = self.backend if self._attention_backend is None else _through_diffusers(self._attention_backend)
         assert self.grid is not None and self.partition is not None, "the hook of install_t3 has not run"
-        if self.memory is None and refusal(q, k, v) is None:
+        if self.spread is not None:
+            out = self._over_ranks(attn, q, k, v, rotary_emb, backend)
+        elif self.memory is None and refusal(q, k, v) is None:
             out = attention_from_projections(
                 q,
                 k,
@@ -78,6 +85,21 @@ class T3AttentionProcessor:
             out = t3_attention(q, k, v, self.grid, self.partition, backend=backend, memory=self.memory)
             out = out.flatten(2, 3).type_as(q)
         return attn.to_out[1](attn.to_out[0](out))
+
+    def _over_ranks(self, attn, q, k, v, rotary_emb, backend) -> torch.Tensor:
+        """The same, where q, k, v and the rotation are of this rank's tokens."""
+        from .parallel.sequence import attend_over_ranks
+
+        assert self.grid is not None and self.partition is not None and self.spread is not None
+        q, k = attn.norm_q(q), attn.norm_k(k)
+        if rotary_emb is not None:
+            q, k = (apply_rotary(x.unflatten(2, (attn.heads, -1)), *rotary_emb).flatten(2) for x in (q, k))
+        if isinstance(backend, str):
+            lengths = self.partition.window_lengths(self.grid)
+            backend, _ = choose(backend, Situation(q.device, q.dtype, q.shape[2] // attn.heads, windows=lengths))
+        qkv = [x.contiguous() for x in (q, k, v)]
+        window = Windows(self.grid, self.partition, backend)
+        return attend_over_ranks(qkv, window, attn.heads, self.spread, self.share.heads)
 
 
 def compile_blocks(transformer: WanTransformer3DModel, plan: Plan, **options) -> None:
@@ -141,7 +163,7 @@ def _all_blocks(transformer: WanTransformer3DModel | WanVACETransformer3DModel) 
     return [*transformer.blocks, *(transformer.vace_blocks if hasattr(transformer, "vace_blocks") else ())]
 
 
-def _windows(attention: WanAttention) -> tuple[Windows, Share] | None:
+def _windows(attention: WanAttention) -> tuple[Windows, Share, Spread | None] | None:
     """What this self-attention attends under T3, or None where it has another processor by now."""
     processor = attention.processor
     if not isinstance(processor, T3AttentionProcessor) or processor.grid is None or processor.partition is None:
@@ -155,7 +177,7 @@ def _windows(attention: WanAttention) -> tuple[Windows, Share] | None:
         head_dim = attention.inner_dim // attention.heads
         windows = processor.partition.window_lengths(processor.grid)
         backend, _ = choose(backend, Situation(like.device, dtype, head_dim, windows=windows))
-    return Windows(processor.grid, processor.partition, backend), processor.share
+    return Windows(processor.grid, processor.partition, backend), processor.share, processor.spread
 
 
 def install_t3(
@@ -165,6 +187,7 @@ def install_t3(
     backend: str | Backend = "auto",
     memory: str | int | None = AUTO,
     say: Callable[[str], None] = lambda text: None,
+    spread: Spread | None = None,
 ) -> T3Installation:
     """Switch the self-attention of every block of `transformer` to T3 under `plan`, in place, and have blocks work by
     chunks of tokens where clips are large.
@@ -174,12 +197,14 @@ def install_t3(
     memory: `"fast"`, `"lean"` or `"auto"` (see `memory.pick`), or bytes that attention may take beside a block's input
     and output: the fastest way within them is taken, or the leanest. None is `"fast"`.
     say: told, once, which way was taken and why, and what stands in the way of chunks.
+    spread: the ranks that share the tokens of a video; see `parallel.sequence.Spreading`, to be made afterwards.
     """
     attentions = self_attentions(transformer)
     bound = memory if isinstance(memory, int) else None
     processors = [T3AttentionProcessor(backend, bound) for _ in attentions]
     former = [attention.processor for attention, _ in attentions]
     for (attention, _), processor in zip(attentions, processors, strict=True):
+        processor.spread = spread
         attention.set_processor(processor)
     said: set[str] = set()
 
@@ -195,7 +220,11 @@ def install_t3(
     def before_forward(module, args, kwargs):
         latents = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         grid = Grid(*(n // p for n, p in zip(latents.shape[2:], module.config.patch_size, strict=True)))
-        share, why = _share(module, latents, grid.tokens, FAST if memory is None else memory)
+        share, why = _share(module, latents, grid.tokens, FAST if memory is None else memory, spread)
+        if why and spread is not None:
+            heads = module.config.num_attention_heads // spread.size
+            at_once = spread.at_once(heads, share.heads)
+            why += f" Of each of {spread.size} ranks: {at_once} of its {heads} heads at once."
         if why:
             say_once(f"memory     {why}", f"{latents.shape} {share}")
         for (_, layer), processor in zip(attentions, processors, strict=True):
@@ -205,10 +234,16 @@ def install_t3(
     return T3Installation(transformer, plan, former, blocks, hook)
 
 
-def _share(module: Any, latents: torch.Tensor, tokens: int, memory: str | int) -> tuple[Share, str]:
+def _share(
+    module: Any, latents: torch.Tensor, tokens: int, memory: str | int, spread: Spread | None
+) -> tuple[Share, str]:
     """How blocks share out their work on these latents, and why, in words where it matters."""
     shape = ModelShape.from_config(module.config)
     ways = shares(shape.heads)
+    if spread is not None:
+        # A rank's own tokens of all heads weigh as much as all tokens of its heads; RoPE's tables are of all tokens.
+        tokens, shape = max(spread.shares(tokens)), replace(shape, heads=max(1, shape.heads // spread.size))
+        ways = shares(shape.heads, parts=False)
     size = {"batch": latents.shape[0], "element": latents.element_size()}
 
     def needed(share: Share) -> int:

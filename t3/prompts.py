@@ -110,11 +110,12 @@ def pending(prompts: Iterable[Prompt], folder: str | os.PathLike[str], *suffixes
     if not suffixes:
         raise TypeError("pending() needs the suffixes of the outputs that make a prompt done")
     return [
-        prompt for prompt in prompts if not all(_is_output(output_path(prompt, folder, suffix)) for suffix in suffixes)
+        prompt for prompt in prompts if not all(is_output(output_path(prompt, folder, suffix)) for suffix in suffixes)
     ]
 
 
-def _is_output(path: Path) -> bool:
+def is_output(path: Path) -> bool:
+    """Whether there is a finished output at this path: a file, or a folder that is not empty."""
     return any(path.iterdir()) if path.is_dir() else path.exists()
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
-from .cost import ModelShape, activation_bytes, macs_text, model_cost, short
+from .cost import ModelShape, activation_bytes, macs_text, model_cost, saving_warning, short
 from .memory import shares
+from .parallel.split import Split
+from .parallel.split import facts as split_facts
+from .parallel.split import line as split_line
 from .plan import Grid, Plan
 from .plan_facts import layer_facts, layer_line
 from .sources import Sources
@@ -15,12 +19,24 @@ BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 2}
 STORED_BYTES = {**BYTES, "fp8": 1}
 
 
-def run_facts(sources: Sources, plan: Plan, reason: str, grid: Grid, dtype: str, calls: int) -> dict[str, Any]:
+def run_facts(
+    sources: Sources,
+    plan: Plan,
+    reason: str,
+    grid: Grid,
+    dtype: str,
+    calls: int,
+    split: tuple[Split, str] = (Split(), "one process"),
+) -> dict[str, Any]:
     """Model, plan, windows, cost and memory of one clip.
 
     `dtype` is a name from `BYTES`; `calls` is the number of forward passes (steps, twice where guidance is used).
+    split: of the work over ranks, and why; memory is that of the rank with most tokens.
     """
     shape = ModelShape.from_config(sources.transformer)
+    # Of a rank: its tokens, and the heads it attends. RoPE's tables are of all tokens.
+    own = replace(shape, heads=shape.heads // split[0].sequence)
+    tokens = split[0].shares(grid.tokens)[0]
     cost = model_cost(shape, plan, grid, element=BYTES[dtype])
     partitions = plan.partitions(grid, shape.layers)
     cycle = partitions[: len(plan.layers)]
@@ -43,13 +59,13 @@ def run_facts(sources: Sources, plan: Plan, reason: str, grid: Grid, dtype: str,
         "flops_of_clip": 2 * cost.model_t3 * calls,
         "memory_bytes": {
             "transformer": sources.parameters * STORED_BYTES[dtype],
-            "activations": cost.activation_bytes,
+            "activations": activation_bytes(own, tokens, element=BYTES[dtype]),
             "activations_lean": activation_bytes(
-                shape, grid.tokens, element=BYTES[dtype], share=shares(shape.heads)[-1]
+                own, tokens, element=BYTES[dtype], share=shares(own.heads, parts=split[0].sequence == 1)[-1]
             ),
             "dtype": dtype,
         },
-        "split": {"mode": "single process", "ranks": 1, "tokens_per_rank": [grid.tokens]},
+        "split": split_facts(*split, grid.tokens),
     }
 
 
@@ -77,12 +93,16 @@ def fact_lines(facts: dict[str, Any]) -> list[str]:
     lines.append(
         f"model      {macs_text(macs['model_t3'])} MACs a forward pass (dense {macs_text(macs['model_dense'])})"
     )
+    if facts["plan"]["name"] != "dense" and (warning := saving_warning(macs["model_dense"], macs["model_t3"])):
+        lines.append(f"           {warning}")
     lines.append(f"clip       {facts['forward_passes']} forward passes, {short(facts['flops_of_clip'] / 1e15)} PFLOP")
     lines.append(
         f"memory     {memory['transformer'] / 2**30:.1f} GiB of transformer weights and about "
         f"{memory['activations'] / 2**30:.1f} GiB of activations in {memory['dtype']}, batch 1, or "
         f"{memory['activations_lean'] / 2**30:.1f} GiB with --memory lean; text encoder and VAE come and go beside them"
     )
+    if facts["split"]["ranks"] > 1:
+        lines.append(split_line(facts["split"]))
     return lines
 
 

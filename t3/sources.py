@@ -129,7 +129,7 @@ class Sources:
     def describe(self) -> list[str]:
         """What would be loaded, a line each."""
         if self.embedded:
-            lines = [f"embedded test model in {self.folder}"]
+            lines = [f"embedded model in {self.folder}"]
         elif self.hub_id:
             lines = [f"{self.hub_id} from the hub ({'in the local cache' if self.folder else 'to be downloaded'})"]
         else:
@@ -196,12 +196,11 @@ def _finish(base: dict[str, Any], t3_weights: Sequence[str], loras: Sequence[str
     lora_files = tuple(_adapter(text, "--lora", transformer) for text in loras)
     carried = carried_plan(tuned_files, lora_files, base.pop("plans", []))
     base.update(carried)
-    unknown = "no (random weights)" if base.get("embedded") and not tuned_files else "cannot tell"
     return Sources(
         **base,
         t3_weights=tuned_files,
         loras=lora_files,
-        tuned="yes" if carried else unknown,
+        tuned="yes" if carried else "cannot tell",
     )
 
 
@@ -219,10 +218,9 @@ def _base(model: str | None, *, has_files: bool) -> dict[str, Any]:
 
 
 def _from_embedded() -> dict[str, Any]:
-    from .embedded import TRANSFORMER, VAE, embedded_folder
+    from .embedded import embedded_folder
 
-    vae = {**known_config("wan2.1-vae"), **VAE}
-    return {"name": "embedded", "embedded": True, "folder": embedded_folder(), "transformer": TRANSFORMER, "vae": vae}
+    return {**_from_folder(embedded_folder()), "name": "embedded", "embedded": True}
 
 
 def _from_hub(hub_id: str) -> dict[str, Any]:

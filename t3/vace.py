@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKLWan, WanVACEPipeline
+from diffusers import WanVACEPipeline
 
+from .encoder import Encoder
 from .images import load_image
-from .vae import WanEncoder, encode_frames
 
 if TYPE_CHECKING:
     from .jobs import Clip
@@ -40,9 +40,9 @@ class VacePipeline(WanVACEPipeline):
 class Control:
     """Makes what a clip's model is given. That of the last clip is kept: prompts of one size and image share it."""
 
-    def __init__(self, vae: AutoencoderKLWan, device: torch.device) -> None:
-        """vae: on any device; its encoder's weights are copied to `device` for as long as they are needed."""
-        self.vae, self.device = vae, device
+    def __init__(self, encode: Encoder) -> None:
+        """encode: what clips are encoded with; the result is on its device."""
+        self.encode, self.vae, self.device = encode, encode.vae, encode.device
         self._last: tuple[Any, dict[str, torch.Tensor]] = (None, {})
 
     def of(self, clip: Clip) -> dict[str, torch.Tensor]:
@@ -59,22 +59,21 @@ class Control:
         return self._last[1]
 
     def _make(self, clip: Clip) -> dict[str, torch.Tensor]:
-        encoder = WanEncoder.from_state_dict(self.vae.state_dict(), self.device, self.vae.dtype)
         grey = torch.tensor(_GREY, dtype=torch.uint16).expand(1, clip.frames, clip.height, clip.width, 3)
-        made = self._encoded(encoder, grey)
-        kept = self._encoded(encoder, kept_frames(clip)) if clip.image else made
+        made = self._encoded(grey)
+        kept = self._encoded(kept_frames(clip)) if clip.image else made
         _, _, frames, height, width = made.shape
         middles = (torch.arange(frames) + 0.5) * (clip.frames / frames)
         mask = frame_mask(clip)[middles.long()].to(self.device)
-        scale = encoder.structure.scale
+        scale = self.vae.config.scale_factor_spatial
         return {
             "video": torch.cat([kept, made], dim=1),
             "mask": mask.view(1, 1, -1, 1, 1).expand(1, scale**2, frames, height, width),
         }
 
-    def _encoded(self, encoder: WanEncoder, frames: torch.Tensor) -> torch.Tensor:
+    def _encoded(self, frames: torch.Tensor) -> torch.Tensor:
         mean, std = (torch.tensor(self.vae.config[f"latents_{name}"]).view(1, -1, 1, 1, 1) for name in ("mean", "std"))
-        return ((encode_frames(encoder, frames).float() - mean) / std).to(self.device)
+        return ((self.encode(frames).float() - mean) / std).to(self.device)
 
 
 def frame_mask(clip: Clip) -> torch.Tensor:

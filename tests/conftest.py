@@ -29,3 +29,11 @@ def pytest_generate_tests(metafunc):
         import torch
 
         metafunc.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """The folder of a text-to-video model of random weights: what tests take that need some model, whichever."""
+    from small_models import build
+
+    return build("t2v", tmp_path_factory.mktemp("models é") / "tiny")

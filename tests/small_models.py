@@ -12,18 +12,47 @@ from diffusers import (
     WanVACEPipeline,
     WanVACETransformer3DModel,
 )
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedTokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
-from t3.embedded import TEXT_ENCODER, TRANSFORMER, byte_tokenizer
 from t3.weights import known_config
 
+# The width of one attention head is Wan's (128); everything else is as small as still exercises every part.
+TRANSFORMER = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 128,
+    "ffn_dim": 512,
+    "num_layers": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 128,
+    "freq_dim": 256,
+    "patch_size": (1, 2, 2),
+    "rope_max_seq_len": 1024,
+}
+TEXT_ENCODER = {
+    "d_model": 128,
+    "d_kv": 64,
+    "d_ff": 256,
+    "num_layers": 2,
+    "num_heads": 2,
+    "feed_forward_proj": "gated-gelu",
+}
+SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
 CLIP = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 56}
 
 
 def _transformer(seed: int, **changes) -> WanTransformer3DModel:
     torch.manual_seed(seed)
     cls = WanVACETransformer3DModel if "vace_layers" in changes else WanTransformer3DModel
-    return cls(**{**TRANSFORMER, "num_layers": 2, **changes}).eval()
+    return cls(**{**TRANSFORMER, **changes}).eval()
 
 
 def _vae(name: str) -> AutoencoderKLWan:
@@ -60,4 +89,38 @@ def build(kind: str, folder: Path) -> Path:
     parts["transformer"] = _transformer(7, **changes)
     pipeline = {"i2v": WanImageToVideoPipeline, "vace": WanVACEPipeline}.get(kind.rpartition("-")[2], WanPipeline)
     pipeline(**parts).save_pretrained(folder)
+    return folder
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of the kind Wan's text encoder takes (padded, ends in `</s>`), whose words are bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", vocabulary["</s>"])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+
+
+def build_like_embedded(folder: Path) -> Path:
+    """Write a model like the embedded one to `folder`: its VAE and text encoder, shapes and a plan; the transformer's
+    weights are random."""
+    from t3.retrofit.output import write_full
+    from tools.small_model.export import TRAINED, pack
+    from tools.small_model.init_dit import make_transformer
+    from tools.small_model.plans import GRID, PLANS
+
+    transformer = make_transformer(1)
+    torch.manual_seed(1)
+    torch.nn.init.xavier_uniform_(transformer.proj_out.weight)
+    folder.mkdir(parents=True)
+    tuned = folder / "tuned.safetensors"
+    write_full(tuned, transformer.state_dict(), dict(transformer.config), PLANS["small-frame"], GRID, "float16")
+    pack(TRAINED / "folded", TRAINED / "text", tuned, folder)
+    tuned.unlink()
     return folder

@@ -76,7 +76,9 @@ def test_every_subcommand_at_small_sizes(command, on_cpu, tmp_path, capsys):
     # Every table stands under the machine line and names its rows.
     printed = capsys.readouterr().out
     cases = {(row["table"], row["case"]) for row in data["rows"]}
-    assert printed.count(f"torch {torch.__version__}") == len(cases)
+    closing = command == "growth"  # one table more, of all short clips
+    assert printed.count(f"torch {torch.__version__}") == len(cases) + closing
+    assert ("Where T3 stops paying" in printed) == closing
     assert all(f"| {variant}" in printed for variant in measured)
     pictures = sorted(folder.glob("*.png"))
     assert bool(pictures) == (command != "kernels")

@@ -48,24 +48,27 @@ def test_modulation_of_some_tokens(tokens, given_, data):
 
 @pytest.mark.parametrize("kernels", [False, True], ids=["plain torch", "kernels' ops"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("beside", [(0, 0), (9, 0), (0, 9), (3, 30)], ids=str)
 @pytest.mark.parametrize(
     ("grid", "partition", "batch"),
     [((3, 5, 7), (2, 3, 2), 2), ((4, 3, 5), (4, 1, 1), 1), ((4, 3, 5), (2, 1, 1), 2), ((2, 3, 4), (1, 1, 1), 2)],
 )
-def test_every_share_gives_the_reference(monkeypatch, kernels, dtype, grid, partition, batch):
+def test_every_share_gives_the_reference(monkeypatch, kernels, dtype, beside, grid, partition, batch):
+    """beside: tokens before and after the grid; chunks begin and end among them, or hold none of the grid's."""
     monkeypatch.setattr(fused, "triton_usable", lambda device, dtype: kernels)
-    heads, width, tokens = 5, 80, Grid(*grid).tokens
-    _, more = attention_inputs(grid, batch=batch, heads=heads, dtype=dtype)
+    prefix, suffix = beside
+    heads, width, tokens = 5, 80, prefix + Grid(*grid).tokens + suffix
+    _, more = attention_inputs(grid, batch=batch, heads=heads, dtype=dtype, beside=prefix + suffix)
     generator = torch.Generator().manual_seed(7)
     x, bias = torch.randn(batch, tokens, width, generator=generator, dtype=dtype), torch.randn(width, dtype=dtype)
     weights = [torch.randn(width, width, generator=generator, dtype=dtype) / 9 for _ in range(3)]
     linears = [Linear(lambda y, w=w: y @ w.T + bias, w, bias) for w in weights]
-    truth = reference([x @ w.T + bias for w in weights], grid, partition, **more)
-    some = [slice(0, 7), slice(7, 20), slice(20, tokens)]
+    truth = reference([x @ w.T + bias for w in weights], grid, partition, **more, prefix=prefix, suffix=suffix)
+    some = [slice(0, 7), slice(7, 20), slice(20, tokens - 3), slice(tokens - 3, tokens)]
     projections = Projections(
         (batch, tokens, width), x, lambda rows: x[:, rows], *linears, heads, more["norms"], 1e-6, more["turns"]
     )
-    windows = Windows(Grid(*grid), Partition(*partition), BACKENDS["sdpa"])
+    windows = Windows(Grid(*grid), Partition(*partition), BACKENDS["sdpa"], prefix)
     for share in shares(heads):
         out = attend(projections, windows, share, some)
         assert out.is_contiguous() and out.dtype == dtype

@@ -3,8 +3,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from t3 import Grid, Partition, Plan
-from t3.cost import ModelShape, attention_pairs, macs_text, model_cost
+from t3.cost import ModelShape, activation_bytes, attention_pairs, macs_text, model_cost, saving_warning
 from t3.kernels.attention.naive import local_groups, strided_groups, windows
+from t3.memory import JOINED_BYTES, joined_bytes, shares
 from t3.weights import known_config
 
 WAN_1_3B = ModelShape(layers=30, dim=1536, ffn_dim=8960, heads=12)
@@ -38,6 +39,49 @@ def test_a_reference_frame_is_dear():
     plain = model_cost(WAN_1_3B, plan, grid).attention_t3
     with_frame = model_cost(WAN_1_3B, plan, grid, global_tokens=136 * 240).attention_t3
     assert 7 < with_frame / plain < 11
+
+
+def warning(plan, grid, global_tokens=0):
+    cost = model_cost(WAN_1_3B, plan, grid, global_tokens=global_tokens)
+    return saving_warning(cost.model_dense, cost.model_t3)
+
+
+def test_where_t3_pays_nothing_is_said():
+    assert warning(Plan.preset("wan2.1-4k"), (21, 136, 240)) is None
+    assert warning(Plan.preset("wan2.1-4k"), (21, 30, 52)) is None
+
+
+def test_a_clip_on_which_t3_saves_next_to_nothing_is_named():
+    """One frame of 480p: all that is outside attention stays, and its windows are nearly the frame."""
+    text = warning(Plan.preset("wan2.1-4k"), (1, 30, 52))
+    assert "T3 saves only" in text and "larger or longer" in text and "Plan dense" in text
+    shown = float(text.split("only ")[1].split("%")[0])
+    cost = model_cost(WAN_1_3B, Plan.preset("wan2.1-4k"), (1, 30, 52))
+    assert shown == pytest.approx(100 * (1 - cost.model_t3 / cost.model_dense), abs=0.05) and 0 <= shown < 10
+
+
+def test_two_groupings_can_be_more_work_than_all_of_it():
+    halves = Plan("halves", Grid(3, 30, 52), ((2, 1, 1),))  # 2 of 3 and 1 of 3 frames, twice: 10/9 of full attention
+    assert "T3 makes" in warning(halves, (3, 30, 52)) and "more work" in warning(halves, (3, 30, 52))
+    # As many tokens beside the grid as in it: each grouping attends them.
+    quarters = Plan("quarters", Grid(21, 30, 52), ((1, 2, 2),))
+    assert warning(quarters, (21, 30, 52)) is None
+    assert "more work" in warning(quarters, (21, 30, 52), global_tokens=21 * 30 * 52)
+
+
+def test_tokens_beside_the_grid_take_memory_of_their_own():
+    tokens = 21 * 136 * 240
+    for share in (None, *shares(WAN_1_3B.heads)):
+        alone = activation_bytes(WAN_1_3B, tokens, share=share)
+        more = activation_bytes(WAN_1_3B, tokens, share=share, beside=32_640) - alone
+        assert 0 <= more <= JOINED_BYTES
+    for share in shares(WAN_1_3B.heads)[:3]:  # where attention is the most that a block holds
+        heads = WAN_1_3B.heads if share.heads is None else share.heads
+        alone = activation_bytes(WAN_1_3B, tokens, share=share)
+        queries = tokens * WAN_1_3B.dim * 2 * heads // WAN_1_3B.heads
+        assert activation_bytes(WAN_1_3B, tokens, share=share, beside=9) - alone == joined_bytes(queries)
+    cost = model_cost(WAN_1_3B, Plan.preset("wan2.1-4k"), (21, 136, 240), global_tokens=32_640)
+    assert cost.activation_bytes == activation_bytes(WAN_1_3B, tokens + 32_640, beside=32_640)
 
 
 def test_a_dense_plan_costs_what_dense_costs():

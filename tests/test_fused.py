@@ -23,9 +23,9 @@ def random(*shape, seed, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def inputs(grid, *, batch=1, heads=2, head_dim=16, dtype=torch.float32, seed=0):
-    """q, k, v and the other arguments of a call."""
-    tokens, width = Grid(*grid).tokens, heads * head_dim
+def inputs(grid, *, batch=1, heads=2, head_dim=16, dtype=torch.float32, seed=0, beside=0):
+    """q, k, v and the other arguments of a call; beside: how many tokens more than the grid's."""
+    tokens, width = Grid(*grid).tokens + beside, heads * head_dim
     q, k, v = (random(batch, tokens, width, seed=seed + i, dtype=dtype) for i in range(3))
     norms = tuple(1 + random(width, seed=seed + i, dtype=dtype) / 4 for i in (3, 4))
     angle = random(1, tokens, head_dim // 2, seed=seed + 5).double() * 3
@@ -34,7 +34,7 @@ def inputs(grid, *, batch=1, heads=2, head_dim=16, dtype=torch.float32, seed=0):
     return (q, k, v), {"heads": heads, "norms": norms, "turns": turns}
 
 
-def reference(qkv, grid, partition, *, heads, norms=None, turns=None, eps=1e-6, scale=None):
+def reference(qkv, grid, partition, *, heads, norms=None, turns=None, eps=1e-6, scale=None, prefix=0, suffix=0):
     """In float64; the rotation as a product of complex numbers."""
     q, k, v = (x.double() for x in qkv)
     if norms is not None:
@@ -49,7 +49,8 @@ def reference(qkv, grid, partition, *, heads, norms=None, turns=None, eps=1e-6, 
             torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2)
             for x in (q, k)
         )
-    return t3_attention_reference(q, k, v, grid, partition, scale=scale).flatten(2)
+    assert q.shape[1] == prefix + Grid(*grid).tokens + suffix
+    return t3_attention_reference(q, k, v, grid, partition, prefix=prefix, scale=scale).flatten(2)
 
 
 def error(out, truth):
@@ -73,6 +74,62 @@ def test_equals_the_reference(case):
     out = attention_from_projections(*qkv, grid, partition, **more)
     assert out.dtype == dtype
     assert error(out, reference(qkv, grid, partition, **more)) < 16 * ROUNDOFF[dtype]
+
+
+@given(case=cases(), prefix=st.integers(0, 9), suffix=st.integers(0, 9), room=st.integers(1, 2**16))
+@settings(max_examples=100, deadline=None)
+def test_tokens_beside_the_grid_equal_the_reference(case, prefix, suffix, room):
+    """room: bytes for windows joined with these tokens; from one window of one head to all windows at once."""
+    grid, partition, batch, dtype, seed = case
+    qkv, more = inputs(grid, batch=batch, dtype=dtype, seed=seed, beside=prefix + suffix)
+    more |= {"prefix": prefix, "suffix": suffix}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("t3.memory.JOINED_BYTES", room)
+        out = attention_from_projections(*qkv, grid, partition, **more)
+    assert out.dtype == dtype and out.is_contiguous()
+    assert error(out, reference(qkv, grid, partition, **more)) < 16 * ROUNDOFF[dtype]
+
+
+@pytest.mark.parametrize("beside", [(5, 0), (0, 5), (3, 2)])
+def test_every_token_beside_the_grid_counts(beside):
+    """It changes every window's result, and its own result depends on every token."""
+    grid, partition, (prefix, suffix) = (3, 5, 7), (2, 3, 2), beside
+    (q, k, v), more = inputs(grid, beside=5, dtype=torch.float64)
+    more |= {"prefix": prefix, "suffix": suffix}
+    before = attention_from_projections(q, k, v, grid, partition, **more)
+    own = [*range(prefix), *range(prefix + 105, 110)]
+    for token in own:
+        changed = v.clone()
+        changed[:, token] += 1
+        after = attention_from_projections(q, k, changed, grid, partition, **more)
+        assert ((after - before).abs().amax(-1) > 1e-9).all()
+    for token in range(prefix, prefix + 105, 13):
+        changed = v.clone()
+        changed[:, token] += 1
+        after = attention_from_projections(q, k, changed, grid, partition, **more)
+        moved = (after - before).abs().amax(-1)[0] > 1e-9
+        assert moved[own].all() and not moved.all()
+
+
+def test_windows_joined_with_other_tokens_stay_within_their_room(monkeypatch):
+    grid, partition, seen = (2, 6, 6), (1, 3, 3), []
+
+    def attend(q, k, v, scale):
+        seen.append((k.shape[0] * k.shape[2], 2 * k.numel() * k.element_size()))
+        return torch.zeros_like(q)
+
+    (q, k, v), more = inputs(grid, batch=2, heads=4, beside=40)
+    looking = Backend("looking", "", attend)
+    one = 2 * (8 + 40) * 16 * 4  # a window of one head: keys and values
+    for room in (1, one, 5 * one, 2**30):
+        seen.clear()
+        monkeypatch.setattr("t3.memory.JOINED_BYTES", room)
+        attention_from_projections(q, k, v, grid, partition, **more, prefix=40, backend=looking)
+        windows = seen[:-1]  # the last are the queries of those tokens
+        assert sum(count for count, _ in windows) == 2 * 2 * 9 * 4
+        bound = max(one, min(room, 2 * 2 * 72 * 64 * 4))
+        assert max(size for _, size in windows) <= bound
+        assert max(size for _, size in windows) > bound / 2 or max(count for count, _ in windows) == 9 * 4
 
 
 @pytest.mark.parametrize("left_out", ["norms", "turns"])
@@ -138,10 +195,12 @@ def test_rows_are_those_of_the_windows(data):
         assert torch.equal(placed, torch.cat(parts))
 
 
+@pytest.mark.parametrize("beside", [(0, 0), (4, 3)], ids=["alone", "tokens beside"])
 @pytest.mark.parametrize("partition", [(3, 1, 1), (2, 3, 2), (1, 5, 1)])
-def test_compiles_without_a_graph_break(partition):
+def test_compiles_without_a_graph_break(partition, beside):
     torch._dynamo.reset()
-    qkv, more = inputs((3, 5, 7), batch=2)
+    qkv, more = inputs((3, 5, 7), batch=2, beside=sum(beside))
+    more |= {"prefix": beside[0], "suffix": beside[1]}
 
     def run(q, k, v):
         return attention_from_projections(q * 2, k, v, (3, 5, 7), partition, **more, backend="sdpa")
@@ -161,15 +220,15 @@ def test_compiles_without_a_graph_break(partition):
 def test_refuses_in_words():
     x = torch.zeros(1, 4, 8)
     assert "gradients" in refusal(x.clone().requires_grad_())
-    assert "beside the grid" in refusal(x, prefix=2)
-    assert "beside the grid" in refusal(x, suffix=2)
     assert "Triton" in refusal(x)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"grid": (3, 5, 8)}, "120 tokens, but q has 105"),
+        ({"grid": (3, 5, 8)}, "120 tokens but q has 105"),
+        ({"prefix": 3}, "105 tokens, with 3 before and 0 after it, but q has 105"),
+        ({"prefix": -3, "suffix": 3}, "with -3 before"),
         ({"partition": (4, 1, 1)}, "4 windows along t.*Nearest: 3"),
         ({"heads": 3}, "not 3 heads"),
         ({"k": torch.zeros(1, 104, 32)}, "expected three equal"),

@@ -1,4 +1,4 @@
-"""`python -m t3.generate` and `t3.decode` from the command line to the files, on the embedded model."""
+"""`python -m t3.generate` and `t3.decode` from the command line to the files, on a small model of random weights."""
 
 import json
 import os
@@ -14,22 +14,26 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_models import build_like_embedded
 
-from t3 import decode, generate, jobs, pipeline
-from t3.embedded import ensure_embedded
+from t3 import decode, embedded, generate, jobs, pipeline
 from t3.latents import load_latents
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--height", "64", "--width", "96", "--frames", "5", "--steps", "2", "--cfg", "1"]
+HUB = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 
 
-@pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory):
-    """The embedded model, built once for all tests, in a folder of its own."""
-    folder = tmp_path_factory.mktemp("cache é")
-    os.environ["T3_CACHE"] = str(folder)
-    yield ensure_embedded()
-    del os.environ["T3_CACHE"]
+@pytest.fixture
+def model(tiny_model):
+    """Arguments for a clip of this size by the small model, all but the prompt."""
+    return [*TINY, "--model", str(tiny_model)]
+
+
+@pytest.fixture
+def tiny(model):
+    """The same with a prompt."""
+    return [*model, "--prompt", "a red square moving left"]
 
 
 @pytest.fixture
@@ -60,27 +64,43 @@ def files(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-def test_no_arguments_but_a_size_make_a_playable_clip(capsys, here):
-    status, result, err = run(capsys, *TINY, "--json")
+def test_a_model_and_a_prompt_make_a_playable_clip(capsys, here, tiny):
+    status, result, _ = run(capsys, *tiny, "--json")
     assert status == 0
     assert files(here) == ["output", "output/t3-00001.mp4"]
     assert frames_of("output/t3-00001.mp4").shape == (5, 64, 96, 3)
-    assert "weights are random" in err
     assert result["ok"] and result["clips"][0]["status"] == "done"
     assert result["grid"] == [2, 4, 6] and result["plan"]["name"] == "wan2.1-4k"
-    assert result["tuned"] == "no (random weights)"
-    assert result["split"] == {"mode": "single process", "ranks": 1, "tokens_per_rank": [48]}
+    assert result["tuned"] == "cannot tell"
+    split = result["split"]
+    assert (split["mode"], split["ranks"], split["tokens_per_rank"]) == ("single process", 1, [48])
     assert set(result["seconds"]) == {"load", "sample", "decode"}
     assert result["peak_memory_bytes"]["host"] > 0
     assert result["backend"]["name"] in result["backend"]["why"]
-    status, _, _ = run(capsys, *TINY)
+    status, _, _ = run(capsys, *tiny)
     assert status == 0
     assert files(here)[1:] == ["output/t3-00001.mp4", "output/t3-00002.mp4"]
 
 
-def test_the_same_seed_gives_the_same_latents_bit_for_bit(capsys, here):
+def test_without_a_model_the_embedded_one_runs_by_its_own_plan(capsys, here, monkeypatch):
+    """Prompt, guidance, steps and the rate of frames are the embedded model's own; a package without one says so."""
+    monkeypatch.setattr(embedded, "__file__", str(here / "embedded.py"))
+    status, _, err = run(capsys, "--out", "clip.mp4")
+    assert status == 2 and "install T3 again, or name a model" in err
+    build_like_embedded(here / "model")
+    status, result, err = run(capsys, *TINY[:6], "--steps", 1, "--json")
+    assert status == 0 and "No model was named" in err
+    assert result["model"]["name"] == "embedded" and result["model"]["parameters"] == 7_925_312
+    assert (result["tuned"], result["plan"]["name"]) == ("yes", "small-frame")
+    assert result["plan"]["reason"] == "carried by the weights" and result["forward_passes"] == 1
+    assert result["clips"][0]["prompt"] == generate.EMBEDDED_PROMPT
+    with av.open("output/t3-00001.mp4") as container:
+        assert container.streams.video[0].average_rate == generate.EMBEDDED_DEFAULTS["fps"]
+
+
+def test_the_same_seed_gives_the_same_latents_bit_for_bit(capsys, here, tiny):
     for name, seed in (("a", 7), ("b", 7), ("c", 8)):
-        status, _, _ = run(capsys, *TINY, "--seed", seed, "--no-decode", "--latents-out", f"{name}.latent")
+        status, _, _ = run(capsys, *tiny, "--seed", seed, "--no-decode", "--latents-out", f"{name}.latent")
         assert status == 0
     a, b, c = (load_latents(f"{name}.latent")[0] for name in "abc")
     assert a.shape == (1, 16, 2, 8, 12)
@@ -88,8 +108,8 @@ def test_the_same_seed_gives_the_same_latents_bit_for_bit(capsys, here):
     assert not torch.equal(a, c)
 
 
-def test_backends_chunks_and_batches_agree(cache):
-    """Two steps of a ten-layer float32 model whose kernels round differently: relative error below 1e-4."""
+def test_backends_chunks_and_batches_agree(tiny_model):
+    """Two steps of a float32 model whose kernels round differently: relative error below 1e-4."""
     from t3.pipeline import Engine
     from t3.plan import Grid, Plan
     from t3.sources import find_sources
@@ -99,7 +119,9 @@ def test_backends_chunks_and_batches_agree(cache):
     grid = Grid(2, 4, 6)
 
     def sample(batch, **options):
-        engine = Engine.load(find_sources(), plan, jobs.Options(**options), grid, lambda text: None)
+        engine = Engine.load(
+            find_sources(model=str(tiny_model)), plan, jobs.Options(**options), grid, lambda text: None
+        )
         return engine.sample_batch(clips) if batch else torch.cat([engine.sample(clip) for clip in clips])
 
     plain = sample(False)
@@ -108,13 +130,13 @@ def test_backends_chunks_and_batches_agree(cache):
         assert ((other - plain).norm() / plain.norm()).item() < 1e-4
 
 
-def test_kept_latents_decode_to_the_same_clip(capsys, here, cache):
-    tall = [*TINY, "--height", 96]
+def test_kept_latents_decode_to_the_same_clip(capsys, here, tiny, tiny_model):
+    tall = [*tiny, "--height", 96]
     arguments = [*tall, "--out", "clip.mkv", "--latents-out", "keep.latent", "--crop", 72, "--bit-depth", 10]
     status, _, _ = run(capsys, *arguments, "--codec", "h265", "--fps", 12, "--crf", 0)
     assert status == 0
-    vae = cache / "vae" / "diffusion_pytorch_model.safetensors"
-    for out, source in (("a.mkv", vae), ("b.mkv", cache), ("c.mkv", cache / "vae")):
+    vae = tiny_model / "vae" / "diffusion_pytorch_model.safetensors"
+    for out, source in (("a.mkv", vae), ("b.mkv", tiny_model), ("c.mkv", tiny_model / "vae")):
         again = ["keep.latent", "--vae", source, "--out", out, "--codec", "h265", "--bit-depth", 10]
         status, result, _ = run(capsys, *again, "--crop", 72, "--crf", 0, "--json", main=decode.main)
         assert status == 0 and result["frames"] == 5 and result["size"] == [72, 96]
@@ -124,17 +146,17 @@ def test_kept_latents_decode_to_the_same_clip(capsys, here, cache):
     assert frames_of("clip.mkv").shape == (5, 72, 96, 3)
 
 
-def test_png_frames(capsys, here):
-    status, _, _ = run(capsys, *TINY, "--out", "shots/", "--bit-depth", 16)
+def test_png_frames(capsys, here, tiny):
+    status, _, _ = run(capsys, *tiny, "--out", "shots/", "--bit-depth", 16)
     assert status == 0
     assert [name for name in files(here) if name.endswith(".png")] == [f"shots/frame_{i:05}.png" for i in range(5)]
 
 
-def test_a_prompt_file_is_shared_out_and_resumed(capsys, here):
+def test_a_prompt_file_is_shared_out_and_resumed(capsys, here, model):
     (here / "prompts.json").write_text(
         json.dumps([{"data_file": f"vids/{n}.mp4", "prompt_en": n} for n in ("one", "two", "three")]), encoding="utf-8"
     )
-    arguments = [*TINY, "--prompts", "prompts.json", "--out", "clips", "--json"]
+    arguments = [*model, "--prompts", "prompts.json", "--out", "clips", "--json"]
     status, result, _ = run(capsys, *arguments, "--shard", "1/2")
     assert status == 0 and [clip["name"] for clip in result["clips"]] == ["two"]
     before = (here / "clips/two.mp4").read_bytes()
@@ -146,35 +168,35 @@ def test_a_prompt_file_is_shared_out_and_resumed(capsys, here):
     assert status == 0 and result["already_done"] == 3 and result["clips"] == []
 
 
-def test_original_format_files_make_the_same_clip(capsys, here, cache):
-    """The embedded model written with the original names, as single files, gives the same latents."""
+def test_original_format_files_make_the_same_clip(capsys, here, tiny_model):
+    """The model written with the original names, as single files, gives the same latents."""
     from t3.weights.layout_dit import dit_layout
     from t3.weights.layout_vae import vae_layout
 
     for part, layout in (("transformer", dit_layout), ("vae", vae_layout)):
-        config = json.loads((cache / part / "config.json").read_text())
-        tensors = load_file(cache / part / "diffusion_pytorch_model.safetensors")
+        config = json.loads((tiny_model / part / "config.json").read_text())
+        tensors = load_file(tiny_model / part / "diffusion_pytorch_model.safetensors")
         save_file({name: tensors[p.name] for name, p in layout(config).items()}, f"{part}.safetensors")
-    text = cache / "text_encoder" / "model.safetensors"
+    text = tiny_model / "text_encoder" / "model.safetensors"
     files = ["--dit", "transformer.safetensors", "--vae", "vae.safetensors", "--text-encoder", text]
-    files += ["--tokenizer", cache / "tokenizer"]
+    files += ["--tokenizer", tiny_model / "tokenizer"]
     arguments = [*TINY, "--prompt", "a red square moving left", "--no-decode", "--latents-out"]
     assert run(capsys, *arguments, "files.latent", *files)[0] == 0
-    assert run(capsys, *arguments, "folder.latent", "--model", cache)[0] == 0
+    assert run(capsys, *arguments, "folder.latent", "--model", tiny_model)[0] == 0
     assert torch.equal(load_latents("files.latent")[0], load_latents("folder.latent")[0])
 
 
-def test_t3_weights_bring_their_plan_and_change_the_clip(capsys, here, cache):
+def test_t3_weights_bring_their_plan_and_change_the_clip(capsys, here, tiny):
     from t3 import Grid, Plan
 
     plan = Plan("tuned for this", Grid(2, 4, 6), ((1, 2, 2),))
     weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(3)) / 16
     save_file({"blocks.0.self_attn.q.diff": weight}, "tuned.safetensors", metadata={"t3.plan": plan.to_json()})
-    arguments = [*TINY, "--no-decode", "--json", "--latents-out"]
+    arguments = [*tiny, "--no-decode", "--json", "--latents-out"]
     _, plain, _ = run(capsys, *arguments, "plain.latent")
     status, tuned, err = run(capsys, *arguments, "tuned.latent", "--t3-weights", "tuned.safetensors")
     assert status == 0
-    assert plain["tuned"] == "no (random weights)" and tuned["tuned"] == "yes"
+    assert plain["tuned"] == "cannot tell" and tuned["tuned"] == "yes"
     assert tuned["plan"]["name"] == "tuned for this" and tuned["plan"]["reason"] == "carried by the weights"
     assert "tuned.safetensors" in err
     assert not torch.equal(load_latents("plain.latent")[0], load_latents("tuned.latent")[0])
@@ -196,9 +218,9 @@ def python(*arguments, **options):
     "arguments",
     [
         ["--help"],
-        ["--dry-run"],
+        ["--dry-run", "--model", HUB, "--prompt", "x"],
         ["--dry-run", "--json", "--model", "Wan-AI/Wan2.2-TI2V-5B-Diffusers", "--prompt", "x"],
-        ["--dry-run", "--prompt", "x", "--frames", "80"],
+        ["--dry-run", "--model", HUB, "--prompt", "x", "--frames", "80"],
     ],
 )
 def test_help_dry_run_and_refusals_load_no_torch(tmp_path, arguments):
@@ -215,7 +237,7 @@ def test_help_dry_run_and_refusals_load_no_torch(tmp_path, arguments):
 
 
 def test_a_dry_run_says_what_a_run_would_do(capsys, here):
-    model = ["--model", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "--prompt", "x"]
+    model = ["--model", HUB, "--prompt", "x"]
     status, facts, _ = run(capsys, *model, "--dry-run", "--json")
     assert status == 0 and facts["dry_run"]
     assert facts["grid"] == [21, 136, 240] and facts["tokens"] == 685_440
@@ -247,7 +269,7 @@ BAD = {
     "missing weights": (["--lora", "none.safetensors:0.5"], "none.safetensors: no such file"),
     "a LoRA of another width": (["--lora", "wide.safetensors"], "3072.*256"),
     "a VAE as DiT": (["--dit", "VAE", "--vae", "VAE", "--text-encoder", "VAE"], "vae"),
-    "an image encoder's files missing": (["--dit", "VAE"], "--vae and --text-encoder must be given"),
+    "files missing beside a DiT": (["--dit", "VAE"], "--vae and --text-encoder must be given"),
     "existing output": (["--out", "taken.mp4"], "taken.mp4 exists already"),
     "unwritable output": (["--out", "taken.mp4/clip.mp4"], "cannot be written|cannot be an output"),
     "unknown kind of output": (["--out", "clip.avi"], "clip.avi.*mp4"),
@@ -273,20 +295,20 @@ BAD = {
     "no such model": (["--model", "no/such/folder", "--prompt", "x"], "no such folder"),
     "unknown hub id": (["--model", "some/model", "--prompt", "x"], "not in the local cache"),
     "nothing to write": (["--no-decode"], "--latents-out"),
-    "nothing to show": (["--model", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"], "give --prompt"),
+    "nothing to show": (["--model", HUB], "give --prompt"),
     "not a number": (["--steps", "many"], "invalid int"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_named_before_anything_is_made(capsys, here, cache, case):
+def test_bad_input_is_named_before_anything_is_made(capsys, here, model, tiny_model, case):
     arguments, words = BAD[case]
     (here / "broken.json").write_text("{", encoding="utf-8")
     (here / "empty.txt").write_text("\n# nothing\n", encoding="utf-8")
     (here / "good.txt").write_text("one\n", encoding="utf-8")
     (here / "taken.mp4").write_text("mine", encoding="utf-8")
     (here / "page.safetensors").write_text("<!DOCTYPE html><html></html>" * 10, encoding="utf-8")
-    vae = cache / "vae" / "diffusion_pytorch_model.safetensors"
+    vae = tiny_model / "vae" / "diffusion_pytorch_model.safetensors"
     (here / "truncated.safetensors").write_bytes(vae.read_bytes()[:5000])
     torch.save({"a": torch.zeros(3)}, "pickle.safetensors")
     torch.save({"a": torch.zeros(3)}, "model.pth")
@@ -299,7 +321,9 @@ def test_bad_input_is_named_before_anything_is_made(capsys, here, cache, case):
     )
     before = {name: (here / name).read_bytes() for name in files(here)}
     arguments = [str(vae) if a == "VAE" else a for a in arguments]
-    status, result, err = run(capsys, *TINY, "--json", *arguments)
+    said = {"--prompt", "--prompts"} & set(arguments) or case == "nothing to show"
+    base = TINY if case == "files missing beside a DiT" else model
+    status, result, err = run(capsys, *base, *([] if said else ["--prompt", "x"]), "--json", *arguments)
     assert status == 2
     import re
 
@@ -310,9 +334,9 @@ def test_bad_input_is_named_before_anything_is_made(capsys, here, cache, case):
     assert {name: (here / name).read_bytes() for name in after} == before
 
 
-def broken_model(cache, folder, part, change):
-    """A copy of the embedded model with one tensor changed."""
-    shutil.copytree(cache, folder)
+def broken_model(model, folder, part, change):
+    """A copy of a model with one tensor changed."""
+    shutil.copytree(model, folder)
     path = folder / part / "diffusion_pytorch_model.safetensors"
     tensors = load_file(path)
     change(tensors)
@@ -320,11 +344,11 @@ def broken_model(cache, folder, part, change):
     return folder
 
 
-def test_sampling_that_gives_no_numbers_fails_and_the_others_go_on(capsys, here, cache):
+def test_sampling_that_gives_no_numbers_fails_and_the_others_go_on(capsys, here, tiny_model):
     def spoil(tensors):
         tensors["proj_out.bias"][:] = float("nan")
 
-    model = broken_model(cache, here / "broken", "transformer", spoil)
+    model = broken_model(tiny_model, here / "broken", "transformer", spoil)
     (here / "two.txt").write_text("one\ntwo\n", encoding="utf-8")
     status, result, err = run(capsys, *TINY, "--model", model, "--prompts", "two.txt", "--out", "clips", "--json")
     assert status == 1
@@ -333,8 +357,8 @@ def test_sampling_that_gives_no_numbers_fails_and_the_others_go_on(capsys, here,
     assert not list((here / "clips").iterdir())
 
 
-def test_a_damaged_folder_is_named(capsys, here, cache):
-    shutil.copytree(cache, here / "m")
+def test_a_damaged_folder_is_named(capsys, here, tiny_model):
+    shutil.copytree(tiny_model, here / "m")
     (here / "m" / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     status, _, err = run(capsys, *TINY, "--model", here / "m", "--prompt", "x", "--out", "a.mp4")
     assert status == 2 and "cannot be loaded" in err
@@ -345,12 +369,12 @@ def test_a_damaged_folder_is_named(capsys, here, cache):
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), torch.OutOfMemoryError("too big")])
-def test_a_failed_decode_keeps_the_sampling(capsys, here, cache, monkeypatch, error):
+def test_a_failed_decode_keeps_the_sampling(capsys, here, tiny, tiny_model, monkeypatch, error):
     def fail(*args, **kwargs):
         raise error
 
     monkeypatch.setattr(jobs, "_frames", fail)
-    arguments = [*TINY, "--out", "clip.mp4", "--json"]
+    arguments = [*tiny, "--out", "clip.mp4", "--json"]
     status, result, err = run(capsys, *arguments)
     assert status == 1 and result["clips"][0]["status"] == "failed"
     assert files(here) == ["clip.latent"]
@@ -358,7 +382,7 @@ def test_a_failed_decode_keeps_the_sampling(capsys, here, cache, monkeypatch, er
     latents = load_latents("clip.latent")[0]
     monkeypatch.undo()
     monkeypatch.chdir(here)
-    assert run(capsys, "clip.latent", "--vae", cache, "--out", "later.mp4", main=decode.main)[0] == 0
+    assert run(capsys, "clip.latent", "--vae", tiny_model, "--out", "later.mp4", main=decode.main)[0] == 0
     # The same command again takes the latents up instead of sampling again.
     status, result, err = run(capsys, *arguments)
     assert status == 0 and "sampled before" in err and "sample" not in result["seconds"]
@@ -367,20 +391,20 @@ def test_a_failed_decode_keeps_the_sampling(capsys, here, cache, monkeypatch, er
     assert latents.shape == (1, 16, 2, 8, 12)
 
 
-def test_other_settings_do_not_take_over_kept_latents(capsys, here, cache, monkeypatch):
+def test_other_settings_do_not_take_over_kept_latents(capsys, here, tiny, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(jobs, "_frames", lambda *a: (_ for _ in ()).throw(OSError("disk")))
-        run(capsys, *TINY, "--out", "clip.mp4", "--seed", 1)
+        run(capsys, *tiny, "--out", "clip.mp4", "--seed", 1)
     kept = (here / "clip.latent").read_bytes()
-    status, result, _ = run(capsys, *TINY, "--out", "clip.mp4", "--seed", 2, "--json")
+    status, result, _ = run(capsys, *tiny, "--out", "clip.mp4", "--seed", 2, "--json")
     assert status == 0 and "sample" in result["seconds"]
     assert (here / "clip.latent").read_bytes() == kept
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_leaves_no_file_and_says_so(tmp_path, kind):
-    command = [sys.executable, "-m", "t3.generate", *TINY[:-4], "--steps", "500", "--out", "clip.mp4"]
+def test_an_interruption_leaves_no_file_and_says_so(tmp_path, tiny, kind):
+    command = [sys.executable, "-m", "t3.generate", *tiny, "--steps", "5000", "--out", "clip.mp4"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     # Where the tests run in the background of a shell, Ctrl-C is ignored, and children inherit that.
     process = subprocess.Popen(
@@ -414,7 +438,7 @@ def test_an_interruption_leaves_no_file_and_says_so(tmp_path, kind):
         (["good.latent", "--vae", "TRANSFORMER"], "dit"),
     ],
 )
-def test_bad_latents_are_named(capsys, here, cache, arguments, words):
+def test_bad_latents_are_named(capsys, here, tiny_model, arguments, words):
     import re
 
     version = {"latent_format_version_0": torch.empty(0)}
@@ -424,15 +448,15 @@ def test_bad_latents_are_named(capsys, here, cache, arguments, words):
     for name, tensor in (("good", good), ("nan", bad), ("wide", torch.randn(1, 48, 2, 8, 12))):
         save_file({"latent_tensor": tensor, **version}, f"{name}.latent")
     before = files(here)
-    transformer = cache / "transformer" / "diffusion_pytorch_model.safetensors"
+    transformer = tiny_model / "transformer" / "diffusion_pytorch_model.safetensors"
     arguments = [str(transformer) if a == "TRANSFORMER" else a for a in arguments]
-    status, _, err = run(capsys, "--vae", cache, "--out", "clip.mp4", *arguments, main=decode.main)
+    status, _, err = run(capsys, "--vae", tiny_model, "--out", "clip.mp4", *arguments, main=decode.main)
     assert status == 2
     assert re.search(words, err), err
     assert files(here) == before
 
 
-def test_everything_runs_without_triton(tmp_path):
+def test_everything_runs_without_triton(tmp_path, tiny):
     """Triton is neither needed nor imported: blocked, the whole way from prompt to file works."""
     code = (
         "import sys\n"
@@ -440,7 +464,7 @@ def test_everything_runs_without_triton(tmp_path):
         "from t3.generate import main\n"
         "sys.exit(main(sys.argv[1:]))"
     )
-    done = python("-c", code, *TINY, "--out", "clip.mp4", cwd=tmp_path)
+    done = python("-c", code, *tiny, "--out", "clip.mp4", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert frames_of(tmp_path / "clip.mp4").shape == (5, 64, 96, 3)
 

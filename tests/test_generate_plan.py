@@ -3,10 +3,9 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_models import build
+from small_models import TRANSFORMER, build
 from weights_fixtures import save
 
-from t3.embedded import TRANSFORMER
 from t3.errors import T3Error
 from t3.plan import Grid, Plan
 from t3.plan_choice import resolve_plan
@@ -21,51 +20,51 @@ def weights(folder, name, plan=None):
     return str(save(folder / name, tensors, {"t3.plan": plan.to_json()} if plan else None))
 
 
-def settle(text="auto", **files):
-    sources = find_sources(**files)
+def settle(model, text="auto", **files):
+    sources = find_sources(model=str(model), **files)
     plan, reason = resolve_plan(text, sources)
     return plan, reason, sources.tuned
 
 
-def test_weights_bring_their_plan(tmp_path):
+def test_weights_bring_their_plan(tmp_path, tiny_model):
     tuned, style = weights(tmp_path, "tuned.safetensors", ONE), weights(tmp_path, "style.safetensors")
-    assert settle(t3_weights=[tuned], loras=[style]) == (ONE, "carried by the weights", "yes")
-    assert settle(loras=[style, f"{tuned}:0.5"]) == (ONE, "carried by the LoRA tuned.safetensors", "yes")
-    plan, reason, tuned = settle(loras=[style])
-    assert plan.name == "wan2.1-4k" and "released plan" in reason and tuned == "no (random weights)"
+    assert settle(tiny_model, t3_weights=[tuned], loras=[style]) == (ONE, "carried by the weights", "yes")
+    assert settle(tiny_model, loras=[style, f"{tuned}:0.5"]) == (ONE, "carried by the LoRA tuned.safetensors", "yes")
+    plan, reason, tuned = settle(tiny_model, loras=[style])
+    assert plan.name == "wan2.1-4k" and "released plan" in reason and tuned == "cannot tell"
 
 
 def test_a_diffusers_folder_brings_its_plan(tmp_path):
     folder = build("t2v", tmp_path / "model")
     file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
-    assert settle(model=str(folder))[2] == "cannot tell"
+    assert settle(folder)[2] == "cannot tell"
     save(file, load_file(file), {"t3.plan": ONE.to_json()})
-    assert settle(model=str(folder)) == (ONE, "carried by the weights", "yes")
+    assert settle(folder) == (ONE, "carried by the weights", "yes")
     lora = weights(tmp_path, "tuned.safetensors", TWO)
-    assert settle(model=str(folder), loras=[lora])[:2] == (TWO, "carried by the LoRA tuned.safetensors")
+    assert settle(folder, loras=[lora])[:2] == (TWO, "carried by the LoRA tuned.safetensors")
 
 
-def test_what_is_asked_for_wins_and_is_told(tmp_path):
+def test_what_is_asked_for_wins_and_is_told(tmp_path, tiny_model):
     tuned = weights(tmp_path, "tuned.safetensors", ONE)
-    plan, reason, _ = settle("dense", loras=[tuned])
+    plan, reason, _ = settle(tiny_model, "dense", loras=[tuned])
     assert plan.name == "dense"
     assert reason == "as asked, instead of 'one', carried by the LoRA tuned.safetensors"
     (tmp_path / "one.json").write_text(ONE.to_json())
-    assert "instead" not in settle(str(tmp_path / "one.json"), t3_weights=[tuned])[1]
+    assert "instead" not in settle(tiny_model, str(tmp_path / "one.json"), t3_weights=[tuned])[1]
 
 
-def test_two_plans_ask_for_a_choice(tmp_path):
+def test_two_plans_ask_for_a_choice(tmp_path, tiny_model):
     files = {
         "t3_weights": [weights(tmp_path, "a.safetensors", ONE)],
         "loras": [weights(tmp_path, "b.safetensors", TWO)],
     }
     with pytest.raises(T3Error, match=r"a\.safetensors and b\.safetensors carry different plans \('one' and 'two'\)"):
-        settle(**files)
-    assert settle("dense", **files)[0].name == "dense"
+        settle(tiny_model, **files)
+    assert settle(tiny_model, "dense", **files)[0].name == "dense"
 
 
 @pytest.mark.parametrize("option", ["t3_weights", "loras"])
-def test_a_broken_plan_stops_before_anything_is_loaded(tmp_path, option):
+def test_a_broken_plan_stops_before_anything_is_loaded(tmp_path, tiny_model, option):
     path = save(tmp_path / "a.safetensors", {"blocks.0.norm3.diff": torch.zeros(WIDTH)}, {"t3.plan": "{}"})
     with pytest.raises(T3Error, match=r"a\.safetensors: its metadata entry `t3\.plan` cannot be used"):
-        find_sources(**{option: [str(path)]})
+        find_sources(model=str(tiny_model), **{option: [str(path)]})

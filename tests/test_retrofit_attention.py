@@ -10,7 +10,7 @@ from t3.retrofit.attention import training_attention
 from t3.retrofit.config import Stage
 from t3.retrofit.logsumexp import window_logsumexp
 from t3.retrofit.operator import Operator, grown, with_dense_layers
-from t3.retrofit.progress import Clock, Progress, fraction, learning_rate, merge, windows
+from t3.retrofit.progress import Clock, Progress, fraction, learning_rate, merge, ways, windows
 
 # Even and uneven cuts, one window, windows of one token, groupings that coincide.
 CASES = [
@@ -144,8 +144,10 @@ def test_curricula_end_at_the_plans_own_operator():
     at = [fraction(stage, step, NOW, 0.0) for step in range(1, 11)]
     assert [windows(stage, f) for f in at] == [0.0, 0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1]
     assert [merge(stage, f) for f in at] == [0.25, 0.5, pytest.approx(0.75), None, None, None, None, None, None, None]
+    assert {windows(stage, done) for done in ways(stage)} == {0.0, 0.25, 0.5, 0.75, 1.0}
+    assert {merge(stage, done) is None for done in ways(stage)} == {True, False}
     plain = Stage(steps=10)
-    assert windows(plain, 0.0) == 1.0
+    assert windows(plain, 0.0) == 1.0 and ways(plain) == [1.0]
     assert merge(plain, 0.0) is None
 
 

@@ -13,18 +13,17 @@ from t3.plan import Grid, Plan
 from t3.sources import find_sources
 
 
-def load(dtype):
-    return Engine.load(
-        find_sources(), Plan.preset("wan2.1-4k"), Options(dtype=dtype, device="cpu"), Grid(2, 4, 6), print
-    )
+def load(model, dtype):
+    options = Options(dtype=dtype, device="cpu")
+    return Engine.load(find_sources(model=str(model)), Plan.preset("wan2.1-4k"), options, Grid(2, 4, 6), print)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("cfg", [1.0, 5.0])
 @torch.no_grad()
-def test_noise_levels_guidance_and_steps_are_the_released_ones(tmp_path, dtype, cfg):
+def test_noise_levels_guidance_and_steps_are_the_released_ones(tiny_model, dtype, cfg):
     """Noise from a CPU generator in float32; velocity of prompt and negative prompt, mixed and stepped in float32."""
-    engine = load(dtype)
+    engine = load(tiny_model, dtype)
     clip = Clip("a kite", NEGATIVE_PROMPT, 64, 96, 5, 4, cfg, 11)
     pipe, transformer = engine.pipe, engine.pipe.transformer
     positive, negative = pipe.encode_prompt(clip.prompt, clip.negative, max_sequence_length=512)

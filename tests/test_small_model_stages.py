@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
-from safetensors import safe_open
 from transformers import AutoTokenizer
 
 from t3.plan import Plan
@@ -13,7 +12,7 @@ from t3.retrofit.config import read_config
 from t3.retrofit.output import write_full
 from t3.retrofit.shards import open_shards, read_shards
 from t3.sources import find_sources
-from t3.weights import identify, load_transformer, load_vae, open_weights
+from t3.weights import load_transformer
 from tools.small_model import encode, export, train_text
 from tools.small_model.captions import caption, words
 from tools.small_model.clip_vae import ClipVae
@@ -164,28 +163,23 @@ def test_transformer_starts_the_same_everywhere_and_silent():
 
 def test_packed_pipeline_fits_its_limits_and_carries_the_plan(parts, tmp_path):
     torch.manual_seed(0)
-    model, packed, host = (tmp_path / name for name in ("model", "packed", "host"))
+    packed = tmp_path / "packed"
     AutoencoderKLWan(base_dim=12, z_dim=16).save_pretrained(tmp_path / "vae")
     transformer = make_transformer()
     dit = tmp_path / "tuned.safetensors"
     plan = PLANS["small-frame"]
     write_full(dit, transformer.state_dict(), dict(transformer.config), plan, GRID, "float16")
-    assemble(tmp_path, parts, transformer, model, torch.float32)
-    export.main(["--model", str(model), "--dit", str(dit), "--out", str(packed), "--single-files", str(host)])
+    frozen = ["--vae", str(tmp_path), "--text", str(parts)]
+    export.main([*frozen, "--dit", str(dit), "--out", str(packed)])
     found = export.sizes(packed)
     assert max(found.values()) < 16_000_000 and sum(found.values()) < 24_000_000
     assert found["transformer/diffusion_pytorch_model.safetensors"] > 15_000_000
     sources = find_sources(model=str(packed))
     assert Plan.from_json(sources.plan_json) == plan and sources.transformer["text_dim"] == 128
-    alone = identify(open_weights(host / "t3-small-transformer.safetensors"))
-    assert alone.dialect == "original" and Plan.from_json(alone.plan) == plan and alone.config["text_dim"] == 128
-    with safe_open(host / "t3-small-transformer.safetensors", framework="pt") as file:
-        # Where the host looks for the width of the text.
-        assert json.loads(file.metadata()["config"])["transformer"]["text_dim"] == 128
-    loaded = load_transformer(host / "t3-small-transformer.safetensors", dtype=torch.float32)
+    loaded = load_transformer(packed / "transformer", dtype=torch.float32)
     for name, tensor in loaded.state_dict().items():
         torch.testing.assert_close(tensor, transformer.state_dict()[name].float(), rtol=2**-10, atol=1e-6)
-    assert load_vae(host / "t3-small-vae.safetensors", dtype=torch.float32).config.base_dim == 12
+    assert "Plan: small-frame" in (packed / "README.md").read_text()
     with open(packed / "transformer" / "config.json") as file:
         config = json.load(file)
     assert {key: config[key] for key in ("num_layers", "ffn_dim")} == {"num_layers": 10, "ffn_dim": 384}

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import WanVACETransformer3DModel
+from diffusers import AutoencoderKLWan, WanVACETransformer3DModel
 from PIL import Image
 from small_models import build
 from test_processor import PLAN, SMALL, expected_attention, inputs, run
 
-from t3 import convert, generate, vace
+from t3 import convert, encoder, generate
 from t3.cost import ModelShape, model_cost
 from t3.jobs import Clip, Options
 from t3.latents import load_latents
@@ -110,8 +110,8 @@ def test_what_the_transformer_sees(monkeypatch, folder, images):
         lambda module, args, kwargs: seen.append(kwargs["control_hidden_states"]), with_kwargs=True
     )
     encodes = []
-    plain_encode = vace.encode_frames
-    monkeypatch.setattr(vace, "encode_frames", lambda *a: encodes.append(a[1].shape) or plain_encode(*a))
+    plain_encode = encoder.encode_frames
+    monkeypatch.setattr(encoder, "encode_frames", lambda *a, **b: encodes.append(a[1].shape) or plain_encode(*a, **b))
     alone = [engine.sample(clip(seed=seed, prompt=text)) for seed, text in ((3, "a kite"), (4, "a red kite"))]
     engine.sample(clip(image=images[0]))
     plain, _, kept = seen
@@ -122,7 +122,9 @@ def test_what_the_transformer_sees(monkeypatch, folder, images):
     vae = engine.vae
     mean, std = (torch.tensor(vae.config[name]).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
     with torch.no_grad():
-        kept_latents, made_latents = ((vae.encode(v).latent_dist.mode() - mean) / std for v in (video, 0 * video))
+        kept_latents, made_latents = (
+            (AutoencoderKLWan.encode(vae, v).latent_dist.mode() - mean) / std for v in (video, 0 * video)
+        )
     torch.testing.assert_close(kept[:, :16], kept_latents, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(kept[:, 16:32], made_latents, rtol=1e-4, atol=1e-4)
     assert (kept[:, 32:] == 1).all()

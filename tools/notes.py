@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from t3.embedded_files import FILES as EMBEDDED_FILES
+
 HUB = "https://huggingface.co"
 RELEASE = f"{HUB}/APRIL-AIGC/T3-Video"
 WAN_2_1 = f"{HUB}/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files"
@@ -95,8 +97,13 @@ WAN14 = Base(
 # The name that T3 Extract gives its first file.
 T3_LORA = File("t3_00001_.safetensors", "loras", about="your T3 LoRA for this base (T3 Extract writes output/loras)")
 STYLE_LORA = File("style.safetensors", "loras", about="any ordinary LoRA for this base")
+# Part of the embedded model -> its file.
+SMALL_FILES = {
+    part: File(name.rpartition("/")[2], name.rpartition("/")[0], about="from T3's folder, see below")
+    for part, name in EMBEDDED_FILES.items()
+}
 FILES = (TEXT_ENCODER, *(file for model in (WAN21, WAN22, WAN14) for file in (model.dit, model.vae)))
-OWN_FILES = (T3_LORA, STYLE_LORA)
+OWN_FILES = (T3_LORA, STYLE_LORA, *SMALL_FILES.values())
 
 
 def files(*needed: File) -> str:
@@ -222,3 +229,33 @@ the page was opened. A *.latent* file of this project's command line opens here 
 For latents of Wan2.2 5B choose *wan2.2_vae.safetensors* in *Load VAE*.
 
 The tiles are exact, whatever their size: no seams, no blending. Set *crop* to 2160 for the usual 4K."""
+
+SMALL = """## A model that fits anywhere
+
+The model that T3's command line has built in: 8 million weights, trained from nothing on drawings of coloured shapes
+and tuned to T3. It shows the whole way, from prompt to video, without a download; a processor alone does it in about
+half a minute. It knows captions like *two small blue circles moving up on a white background*: one to three shapes of
+one colour, or *a red cross left of a green circle*; no other words.
+
+**These weights are tuned to T3**, and carry the plan that *T3 LoRA Retrofit Loader* sets up. On stock Wan weights T3
+attention gives noise."""
+
+SMALL_FILES_NOTE = """## Write the files first
+
+In T3's folder below *ComfyUI/custom_nodes*, with the Python that runs ComfyUI:
+
+*python -m t3.embedded_files ../../models*
+
+Then press *R*. The text encoder takes 0.6 GB, nearly all of it zeros: ComfyUI's smallest encoder of this kind is that
+large."""
+
+SMALL_SETTINGS = """## How it works
+
+The loader puts the transformer's own file on the transformer once more. That changes no weight; it brings the plan
+along, which ComfyUI's own loader drops.
+
+**Padding**: Wan's models were trained with every prompt padded by zeros to 512 tokens. ComfyUI does it for Wan's own
+encoder; here *Padding* has the 506 that the first prompt lacks, and two nodes set them to zero and append them.
+
+No guidance (cfg 1), 25 steps, shift 5. Size and length are those it was tuned at: 320x224, 21 frames. It is an early
+stage and follows its prompt roughly."""

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 SIZE = (512, 512)  # the browser shows squares
 SCALE = 2  # drawn larger, then shrunk: smooth edges
 CELLS, COUNTS = (12, 16), (4, 4)  # tokens of a frame, and windows along each axis
-HUES = {"Wan2.1": 0.55, "Wan2.2": 0.82}
+HUES = {"Wan2.1": 0.55, "Wan2.2": 0.82, "Small": 0.38}
 
 
 def draw(name: str, path: Path) -> None:

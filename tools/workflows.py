@@ -13,11 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from t3.generate import DEFAULTS, NEGATIVE_PROMPT
+from t3.generate import DEFAULTS, EMBEDDED_DEFAULTS, EMBEDDED_PROMPT, NEGATIVE_PROMPT
 
 from . import notes
 from .graph import Column, Graph, Link
-from .notes import STYLE_LORA, T3_LORA, TEXT_ENCODER, WAN14, WAN21, WAN22, Base, Model
+from .notes import SMALL_FILES, STYLE_LORA, T3_LORA, TEXT_ENCODER, WAN14, WAN21, WAN22, Base, Model
 from .thumbnails import draw
 
 FOLDER = Path(__file__).resolve().parent.parent / "workflows"
@@ -25,6 +25,7 @@ SHIFT, GUIDANCE = 5.0, 5.0
 STEPS, FRAMES, FPS = DEFAULTS["steps"], DEFAULTS["frames"], DEFAULTS["fps"]
 QUICK_STEPS = 20
 LATENTS = "latents/t3"
+PADDING_WORDS = 505  # and an end token: with the 6 of the embedded model's prompt 512
 GREEN, RED = ("#232", "#353"), ("#322", "#533")
 PROMPT = (
     "A small wooden sailing boat in a storm, seen from a drone that circles it slowly. Dark green waves with white "
@@ -44,6 +45,7 @@ def graphs() -> list[Graph]:
         text_to_video(WAN22),
         image_to_video(WAN22),
         retrofitted(WAN14),
+        small(),
     ]
 
 
@@ -121,6 +123,55 @@ def retrofitted(model: Base) -> Graph:
 
     latent = sampled(graph, model, "1080p landscape", STEPS, weights=weights)
     decoded(graph, latent, model)
+    return graph
+
+
+def small() -> Graph:
+    """The embedded model. Its prompt and negative prompt are no others', so it shares no column with the rest."""
+    graph = Graph("Small model T3 on any machine")
+    dit, vae, text = (SMALL_FILES[part] for part in ("transformer", "vae", "text_encoder"))
+    column = graph.column("", 440)
+    note(column, "Read me first", notes.SMALL)
+    note(column, "Files", f"{notes.files(dit, text, vae)}\n\n{notes.SMALL_FILES_NOTE}")
+    note(column, "How it works", notes.SMALL_SETTINGS)
+    models = graph.column("Models", 340)
+    base = models.add("UNETLoader", unet_name=dit.name)
+    clip = models.add("CLIPLoader", clip_name=text.name, type="wan")
+    weights = graph.column("Plan", 380)
+    t3 = weights.add("T3RetrofitLoader", model=base["MODEL"], file=f"{dit.folder}/{dit.name}")
+    report(weights, t3["report"], "What was applied")
+    size = graph.column("Size", 340)
+    shifted = size.add("ModelSamplingSD3", model=t3["model"], shift=SHIFT)
+    pixels = {name: EMBEDDED_DEFAULTS[name] for name in ("width", "height", "frames")}
+    latent = size.add("T3EmptyLatent", size="720p landscape", family=WAN21.family, **pixels)
+    prompts = graph.column("Prompt", 420)
+    prompt = prompts.add("CLIPTextEncode", "Prompt", tall=120, color=GREEN, clip=clip["CLIP"], text=EMBEDDED_PROMPT)
+    words = " ".join(["a"] * PADDING_WORDS)
+    padding = prompts.add("CLIPTextEncode", "Padding", tall=120, clip=clip["CLIP"], text=words)
+    zeros = prompts.add("ConditioningZeroOut", conditioning=padding["CONDITIONING"])
+    padded = prompts.add(
+        "ConditioningConcat", conditioning_to=prompt["CONDITIONING"], conditioning_from=zeros["CONDITIONING"]
+    )
+    sampling = graph.column("Sample", 380)
+    sampler = sampling.add(
+        "KSampler",
+        model=shifted["MODEL"],
+        positive=padded["CONDITIONING"],
+        negative=zeros["CONDITIONING"],  # not used without guidance
+        latent_image=latent["latent"],
+        seed=0,
+        steps=EMBEDDED_DEFAULTS["steps"],
+        cfg=EMBEDDED_DEFAULTS["cfg"],
+        sampler_name="euler",
+        scheduler="simple",
+        denoise=1.0,
+    )
+    decoding = graph.column("Decode and save", 460)
+    loaded = decoding.add("VAELoader", vae_name=vae.name)
+    fps = float(EMBEDDED_DEFAULTS["fps"])
+    video = decoding.add("T3VAEDecodeToVideo", samples=sampler["LATENT"], vae=loaded["VAE"], fps=fps)
+    report(decoding, video["report"], "How the decode went")
+    decoding.add("SaveVideo", tall=340, video=video["video"], filename_prefix="video/t3")
     return graph
 
 

@@ -19,6 +19,7 @@ SUBCOMMANDS = {
     "model": "a forward pass of the whole transformer, in diffusers and (--comfyui) in ComfyUI",
     "decode": "the exact tiled decode at 4K within bounds of memory, and the errors of decodes",
     "growth": "time and memory from 480p to 8K, dense beside T3; short clips, where T3 stops paying",
+    "scaling": "bytes, time and cost of a 4K clip on many GPUs: computed, beside what files of measurements hold",
     "plot": "tables and PNG plots from files that --out wrote, on any machine",
 }
 
@@ -35,6 +36,17 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     found = {name: commands.add_parser(name, help=text, description=text) for name, text in SUBCOMMANDS.items()}
     for name, command in found.items():
+        if name == "scaling":
+            command.add_argument(
+                "files",
+                type=Path,
+                nargs="*",
+                metavar="FILE",
+                help="JSON of benchmarks/parallel_4k.py and parallel_decode.py",
+            )
+            command.add_argument("--price", type=float, default=2.5, metavar="N", help="of a GPU's hour (default: 2.5)")
+            command.add_argument("--into", type=Path, metavar="FILE", help="a document whose figures to replace")
+            continue
         command.add_argument("--plots", type=Path, metavar="DIR", help="draw PNG files there (needs matplotlib)")
         command.add_argument("--overwrite", action="store_true", help="replace output that exists")
         if name == "plot":
@@ -77,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = build_parser().parse_args(arguments)
-    work = (lambda: _plot(args)) if args.command == "plot" else (lambda: _bench(args, arguments))
+    of_files = {"plot": _plot, "scaling": _scaling}.get(args.command)
+    work = (lambda: _bench(args, arguments)) if of_files is None else (lambda: of_files(args))
     return cli.run("t3.bench", work, as_json=False)
 
 
@@ -215,6 +228,19 @@ def _plot(args: argparse.Namespace) -> int:
         print(all_tables(_read(file)), flush=True)
         if args.plots:
             _draw(_read(file), args.plots, file.stem)
+    return 0
+
+
+def _scaling(args: argparse.Namespace) -> int:
+    from .scaling import Measured, document, put_into
+
+    if not args.price > 0:
+        raise T3Error(f"--price is {args.price:g}; give what a GPU's hour costs, above 0.")
+    text = document(Measured.read(args.files), args.price)
+    print(text, flush=True)
+    if args.into:
+        put_into(args.into, text)
+        cli.say(f"wrote      {args.into}")
     return 0
 
 

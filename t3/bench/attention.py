@@ -89,13 +89,16 @@ def usable_backends(inputs: LayerInputs) -> list[Backend]:
 
 def _case_rows(report: Report, inputs: LayerInputs, first: bool) -> None:
     case, label = inputs.case, inputs.case.label
-    auto, why = choose("auto", inputs.situation)
+    # Of peers' windows, and of one that is the whole grid, nothing is known before they run.
+    usual, _ = choose("auto", inputs.situation)
+    auto, why = choose("auto", inputs.over(case.partitions))
+    taken = [choose("auto", inputs.over([partition]))[0].name for partition in case.partitions]
     usable = usable_backends(inputs)
     for backend in BACKENDS.values():
         if first and backend.exact and backend.name not in _NOT_A_ROW and backend not in usable:
             report.absent(TABLE, label, f"T3, {backend.name}", backend.refusal(inputs.situation) or "")
     if not first:
-        usable = [b for b in usable if b == auto or b.name in _EVERYWHERE]
+        usable = [b for b in usable if b in (auto, usual) or b.name in (*taken, *_EVERYWHERE)]
     floor = [report.ceilings.floor_ms(case.layer_macs(layer)) for layer in range(case.layers)]
     report.run(TABLE, label, "floor", lambda: {"layer_ms": floor, "ms": sum(floor)}, note=f"auto takes {why}")
 
@@ -117,15 +120,15 @@ def _case_rows(report: Report, inputs: LayerInputs, first: bool) -> None:
         return found | max(peaks, key=lambda peak: peak.get("peak_gib", 0.0))
 
     def dense() -> dict[str, Any]:
-        work = lambda: fused(inputs, Partition(1, 1, 1), auto)  # noqa: E731
+        work = lambda: fused(inputs, Partition(1, 1, 1), usual)  # noqa: E731
         _, peak = with_peak(work, report.device)
         # The floor is that of windows.
         return {"ms": steady(work, report.device)[1] * case.layers, "percent_of_floor": None} | peak
 
-    report.run(TABLE, label, f"dense, {auto.name}", dense, peer=True, note=ONE_LAYER)
-    variant = f"as released, {auto.name}"
+    report.run(TABLE, label, f"dense, {usual.name}", dense, peer=True, note=ONE_LAYER)
+    variant = f"as released, {usual.name}"
     if case.divides:
-        report.run(TABLE, label, variant, lambda: cycle(lambda p: released(inputs, p, auto)), peer=True)
+        report.run(TABLE, label, variant, lambda: cycle(lambda p: released(inputs, p, usual)), peer=True)
     else:
         report.absent(TABLE, label, variant, "the released code needs counts that divide the grid")
 
@@ -142,5 +145,6 @@ def _case_rows(report: Report, inputs: LayerInputs, first: bool) -> None:
         report.run(TABLE, label, f"windows alone, {backend.name}", partial(alone, backend))
     for name, how in (("auto", "auto"), *((b.name, b) for b in usable)):
         path = lambda p, how=how: fused(inputs, p, how)  # noqa: E731
-        report.run(TABLE, label, f"T3, {name}", partial(cycle, path))
+        note = f"auto takes, layer by layer: {', '.join(taken)}" if how == "auto" else None
+        report.run(TABLE, label, f"T3, {name}", partial(cycle, path), note=note)
     report.run(TABLE, label, f"step by step, {auto.name}", lambda: cycle(lambda p: step_by_step(inputs, p, auto)))

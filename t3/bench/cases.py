@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -120,6 +121,11 @@ class LayerInputs:
     @property
     def situation(self) -> Situation:
         return Situation(self.device, self.dtype, self.case.head_dim)
+
+    def over(self, partitions: Sequence[Partition]) -> Situation:
+        """The situation with the windows of these layers, by which `auto` goes where it knows them."""
+        windows = tuple(n for partition in partitions for n in partition.window_lengths(self.case.grid))
+        return replace(self.situation, windows=windows)
 
     def some_tokens(self, count: int = 8, seed: int = 3) -> list[int]:
         """Tokens to compare with float64: the first, the last, and others at random."""

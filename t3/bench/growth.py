@@ -8,16 +8,17 @@ from typing import Any
 import torch
 
 from ..backends import choose
-from ..cost import activation_bytes
+from ..cost import activation_bytes, model_cost
 from ..memory import GIB, shares
 from ..plan import Grid, Partition, Plan
 from .attention import fused
 from .cases import SMALL, WAN21, Case, LayerInputs
+from .paying import SHORT, paying
 from .report import Report
 from .timing import release, steady
 from .transformer import Transformer, diffusers_refusal, grid_of, size_of
 
-TABLE, SHORT = "growth", "short clips"
+TABLE = "growth"
 SIZES = ("480p", "720p", "1080p", "1440p", "4k", "8k")
 SHORT_SIZES, SHORT_FRAMES = ("480p", "720p", "1080p"), (1, 5, 13, 21)
 FRAMES = 81
@@ -42,9 +43,10 @@ def run_growth(report: Report, sizes: list[str], dense_s: float) -> None:
     for size in sorted(sizes, key=lambda size: _case(report, size, _frames(report)).grid.tokens):
         growth.rows(size)
     report.show(TABLE, _label(report))
+    growth.short()
     if transformer is not None:
         transformer.remove()
-    _short(report)
+    print(paying(report.data), flush=True)
 
 
 def _label(report: Report) -> str:
@@ -73,6 +75,33 @@ class _Growth:
         common = {"size": size, "tokens": case.grid.tokens}
         t3 = self.report.run(TABLE, label, f"{size}, T3", lambda: common | self._t3(case), note=PARTS) or {}
         self.report.run(TABLE, label, f"{size}, dense", lambda: common | self._dense(case, t3), note=COMPUTED)
+
+    def short(self) -> None:
+        """Rows of short clips: their ratios say where T3 stops paying."""
+        for size in SHORT_SIZES:
+            label = f"1.3B, {size}" if not self.report.tiny else f"tiny, {size}"
+            if self.report.over(SHORT, label, "all rows"):
+                continue
+            for frames in SHORT_FRAMES:
+                case = _case(self.report, size, frames)
+                known = {"size": size, "frames": frames}
+                work = lambda case=case, known=known: known | self._clip(case)  # noqa: E731
+                self.report.run(SHORT, label, f"{frames} frames", work, note=PARTS)
+            self.report.show(SHORT, label)
+
+    def _clip(self, case: Case) -> dict[str, Any]:
+        dense = dense_layer(case, self.report.device)
+        t3, _ = t3_layer(case, self.report.device)
+        found = {"tokens": case.grid.tokens, "dense_ms": dense, "t3_ms": t3, "dense_over_t3": dense / t3}
+        forward_t3 = self._forward(case.grid, case.plan, case.layers).get("forward_s")
+        forward_dense = self._forward(case.grid, Plan.preset("dense"), 1).get("forward_s")
+        if forward_t3 and forward_dense:
+            found |= {"forward_dense_s": forward_dense, "forward_t3_s": forward_t3}
+            found["forward_over_t3"] = forward_dense / forward_t3
+        if self.transformer is not None:
+            cost = model_cost(self.transformer.shape, case.plan, case.grid)
+            found["macs_over_t3"] = cost.model_dense / cost.model_t3
+        return found | {"dense_layers_of_the_cycle": sum(partition == (1, 1, 1) for partition in case.partitions)}
 
     def _t3(self, case: Case) -> dict[str, Any]:
         ms, heads = t3_layer(case, self.report.device)
@@ -123,10 +152,9 @@ def t3_layer(case: Case, device: torch.device) -> tuple[float, int]:
     heads = _heads_that_fit(case, device)
     part = Case(case.name, case.plan, case.grid, heads, case.head_dim)
     inputs = LayerInputs(part, device)
-    backend, _ = choose("auto", inputs.situation)
     total = 0.0
     for partition in part.partitions:
-        work = lambda partition=partition: fused(inputs, partition, backend)  # noqa: E731
+        work = lambda partition=partition: fused(inputs, partition, "auto")  # noqa: E731
         work()
         total += steady(work, device, 0.2)[1] / part.layers
     return total * case.heads / heads, heads
@@ -148,29 +176,3 @@ def _heads_that_fit(case: Case, device: torch.device) -> int:
     free, _ = torch.cuda.mem_get_info(device)
     each = _BYTES * case.grid.tokens * case.head_dim
     return max(h for h in range(1, case.heads + 1) if case.heads % h == 0 and (h == 1 or h * each < 0.9 * free))
-
-
-def _short(report: Report) -> None:
-    """Attention of short clips: the ratio says where T3 stops paying."""
-    for size in SHORT_SIZES:
-        label = f"1.3B, {size}, attention of one layer" if not report.tiny else f"tiny, {size}"
-        if report.over(SHORT, label, "all rows"):
-            continue
-        for frames in SHORT_FRAMES:
-            case = _case(report, size, frames)
-
-            def row(case=case, frames=frames) -> dict[str, Any]:
-                dense = dense_layer(case, report.device)
-                t3, _ = t3_layer(case, report.device)
-                same = sum(partition == (1, 1, 1) for partition in case.partitions)
-                return {
-                    "frames": frames,
-                    "tokens": case.grid.tokens,
-                    "dense_ms": dense,
-                    "t3_ms": t3,
-                    "dense_over_t3": dense / t3,
-                    "dense_layers_of_the_cycle": same,
-                }
-
-            report.run(SHORT, label, f"{frames} frames", row)
-        report.show(SHORT, label)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import T3Error
 from ..files import atomic_path, check_output
-from . import growth, machine
+from . import growth, machine, paying
 from .tables import number
 
 HOW = (
@@ -37,21 +37,21 @@ def draw(data: Mapping[str, Any], folder: Path, prefix: str) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     cases = dict.fromkeys((row["table"], row["case"]) for row in data["rows"])
-    shorts = [case for case in cases if case[0] == growth.SHORT]
+    shorts = [case for case in cases if case[0] == paying.SHORT]
     for table, case in cases:
         rows = [row for row in data["rows"] if (row["table"], row["case"]) == (table, case)]
         if table == growth.TABLE:
             figure = _growth(rows)
-        elif table == growth.SHORT:
+        elif table == paying.SHORT:
             continue
         else:
             figure = _bars(rows)
         if figure is not None:
             files.append(_save(figure, data, f"{table}: {case}", folder / f"{prefix}-{_slug(table, case)}.png"))
     if shorts:
-        figure = _short([row for row in data["rows"] if row["table"] == growth.SHORT])
+        figure = _short([row for row in data["rows"] if row["table"] == paying.SHORT])
         if figure is not None:
-            files.append(_save(figure, data, growth.SHORT, folder / f"{prefix}-{_slug(growth.SHORT)}.png"))
+            files.append(_save(figure, data, paying.SHORT, folder / f"{prefix}-{_slug(paying.SHORT)}.png"))
     return files
 
 
@@ -145,11 +145,14 @@ def _short(rows: Sequence[Mapping[str, Any]]) -> Any:
     if not rows:
         return None
     figure, (axis,) = _figure(6, 4)
-    for case in dict.fromkeys(row["case"] for row in rows):
-        some = [row for row in rows if row["case"] == case]
-        axis.plot([row["frames"] for row in some], [row["dense_over_t3"] for row in some], "o-", label=case)
+    for colour, case in enumerate(dict.fromkeys(row["case"] for row in rows)):
+        for key, style, what in (("dense_over_t3", "o-", "attention"), ("forward_over_t3", "s--", "forward pass")):
+            some = [row for row in rows if row["case"] == case and row.get(key)]
+            if some:
+                xs, ys = [row["frames"] for row in some], [row[key] for row in some]
+                axis.plot(xs, ys, style, color=f"C{colour}", label=f"{case}, {what}", markersize=4)
     axis.axhline(1, color="0.5", linewidth=1)
-    axis.set(xlabel="frames", ylabel="dense attention's time over T3's", yscale="log")
+    axis.set(xlabel="frames", ylabel="dense over T3, of time (below 1: T3 loses)", yscale="log")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
     return figure

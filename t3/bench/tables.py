@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .machine import machine_line
+from .paying import SHORT, paying
 
 HEADS = {
     "attention_ms": "attention, ms",
@@ -63,6 +64,7 @@ def all_tables(data: Mapping[str, Any]) -> str:
     """Every table of a file of results."""
     cases = dict.fromkeys((row["table"], row["case"]) for row in data["rows"])
     text = [f"`{data['command']}`, {data.get('seconds', 0):g} s", *(table(data, *case) for case in cases)]
+    text += [paying(data)] if any(row["table"] == SHORT for row in data["rows"]) else []
     if data["left_out"]:
         left = "; ".join(f"{row['case']}: {row['variant']}" for row in data["left_out"])
         text.append(f"\nLeft out when the time was up: {left}")

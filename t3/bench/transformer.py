@@ -122,7 +122,8 @@ class Transformer:
             found = self.measure(grid, warm=warm)
         finally:
             self.model.blocks = blocks
-        seconds = outside + (found["seconds"] - outside) * self.shape.layers / layers
+        # Of layers that take next to nothing, noise is the larger part.
+        seconds = outside + max(0.0, found["seconds"] - outside) * self.shape.layers / layers
         return found | {"seconds": seconds}
 
     def remove(self) -> Any:

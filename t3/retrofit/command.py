@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..cli import BAD_INPUT, quiet_libraries, run, say
+from ..cli import BAD_INPUT, let_segments_grow, quiet_libraries, run, say
 from ..errors import T3Error
 from .config import Config, read_config
 
@@ -20,6 +20,7 @@ USAGE = """python -m t3.retrofit CONFIG.toml [--dry-run] [--resume]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, and return the exit status: 0, 1 (not everything is on disk), 2 (bad input), 130 (stopped)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    let_segments_grow()
     if arguments[:1] == ["encode"]:
         from .encode_command import main as encode
 

@@ -53,7 +53,9 @@ class Pool:
         return 2 * len(self.clips) * (_count(self.shape) + text)
 
     def settle(self, device: torch.device) -> None:
-        """Read all clips and keep them on `device`."""
+        """Read all clips and keep them on `device`; nothing is read twice."""
+        if self._latents is not None and self._latents.device.type == device.type:
+            return
         loaded = [self._read(reference) for reference in self.clips]
         self._latents = torch.stack([latents for latents, _ in loaded]).to(device)
         self._texts = torch.stack([text for _, text in loaded]).to(device)

@@ -18,11 +18,14 @@ from ..plan import Grid, Plan
 from ..prompts import Prompt
 from ..sources import Sources
 from ..vae import WanEncoder, encode_frames
+from ..vae.ranks import Ranks
+from ..vae.shared_encode import encode_shared
 from .buckets import NoBucket, choose
 from .clips import BadClip, Clip, inspect_clip, read_clip
 from .shards import ShardWriter
 
 Say = Callable[[str], None]
+_ONE_MORE = "one more"
 NAMED = 10  # faults that are named on the screen; all of them are in the index
 
 
@@ -66,8 +69,9 @@ class Tally:
 class Encoders:
     """A model's VAE encoder and text encoder. `mark` tells their weights from others'."""
 
-    def __init__(self, sources: Sources, options: Options, text_tokens: int) -> None:
-        self.device = pick_device(options.device)
+    def __init__(self, sources: Sources, options: Options, text_tokens: int, ranks: Ranks | None = None) -> None:
+        """ranks: processes that share the encode of every clip; rank 0 has the clips, and the others `help`."""
+        self.device, self.ranks = pick_device(options.device), ranks
         dtype = DTYPES[pick_dtype(options.dtype, self.device)]
         pipe = assemble(sources, [None], dtype, options.shift)
         self.vae = pipe.vae
@@ -77,7 +81,23 @@ class Encoders:
 
     def latents(self, frames: torch.Tensor, memory: int | None, say: Say) -> torch.Tensor:
         """Latents `[C, T, H, W]` in the model's space of frames uint8 `[1, frames, H, W, 3]`."""
-        return normalised(encode_frames(self.encoder, frames, memory=memory, say=say), self.vae)[0]
+        if self.ranks is None:
+            found = encode_frames(self.encoder, frames, memory=memory, say=say)
+        else:
+            self.ranks.words(_ONE_MORE)
+            found = encode_shared(self.encoder, frames, self.ranks, memory=memory, say=say)
+        return normalised(found, self.vae)[0]
+
+    def help(self, memory: int | None, say: Say) -> None:
+        """On other ranks than 0: their share of every clip, until rank 0 calls `no_more`."""
+        assert self.ranks is not None
+        while self.ranks.words(None)[0] == _ONE_MORE:
+            encode_shared(self.encoder, None, self.ranks, memory=memory, say=say)
+
+    def no_more(self) -> None:
+        """On rank 0: there are no more clips."""
+        if self.ranks is not None:
+            self.ranks.words(None)
 
     def text(self, caption: str) -> torch.Tensor:
         """The embedding `[tokens, text_dim]` of a caption, as the pipeline computes it, without its padding."""

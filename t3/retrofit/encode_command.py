@@ -7,25 +7,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..cli import quiet_libraries, run, say
+from ..cli import quiet_libraries, say
 from ..errors import T3Error
+from ..parallel import faults
+from ..parallel.world import World
 from .buckets import check_buckets, parse_size
 from .clips import list_clips
 
 if TYPE_CHECKING:
     from ..sources import Sources
+    from ..vae.ranks import Ranks
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Parse, run, and return the exit status."""
+    """Parse, run, and return the exit status. Under torchrun all its processes share the encode of each clip."""
     args = build_parser().parse_args(arguments)
-    return run("t3.retrofit encode", lambda: encode(args), as_json=False)
+    return faults.run("t3.retrofit encode", lambda world: encode(args, world), as_json=False)
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="t3.retrofit encode",
-        description="Encode clips, once, to what training reads. Run again with the same settings to go on.",
+        description="Encode clips, once, to what training reads. Run again with the same settings to go on. Under "
+        "torchrun all processes share the encode of each clip.",
     )
     parser.add_argument(
         "clips", nargs="?", help="folder with captions as .txt beside the clips, or .csv, .jsonl, .json"
@@ -55,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def encode(args: argparse.Namespace) -> int:
+def encode(args: argparse.Namespace, world: World) -> int:
     """Encode or sample. 0 with at least one clip in the data set; raises `T3Error` otherwise."""
     if (args.clips is None) == (args.own_samples is None):
         raise T3Error("give either a list of clips, or --own-samples with a file of prompts.")
@@ -78,10 +82,23 @@ def encode(args: argparse.Namespace) -> int:
         sizes, tuple(args.frames or [81]), args.fps, args.upscale, args.text_tokens, args.missing_captions, memory
     )
     check_buckets(asked.sizes, asked.frames, sources.pixels_per_token)
-    options = Options(dtype=args.dtype, device=args.device, shift=args.shift)
-    tally, total = (
-        _sample(args, sources, options, asked) if args.own_samples else _encode(clips, sources, options, asked, args)
-    )
+    if args.own_samples and world.size > 1:
+        raise T3Error(
+            f"own samples are made by one process, and {world.size} were started. Sample with t3.generate over all of "
+            "them, and encode its clips."
+        )
+    world.start(args.device)
+    options = Options(dtype=args.dtype, device=str(world.device or args.device), shift=args.shift)
+    if args.own_samples:
+        tally, total = _sample(args, sources, options, asked)
+    else:
+        from ..vae.ranks import Ranks
+
+        ranks = Ranks() if world.size > 1 else None
+        if not world.is_first:
+            _help(sources, options, asked, ranks)
+            return 0
+        tally, total = _encode(clips, sources, options, asked, args, ranks)
     for line in tally.lines():
         say(line)
     if not total:
@@ -90,13 +107,22 @@ def encode(args: argparse.Namespace) -> int:
     return 0
 
 
-def _encode(clips: list, sources: Sources, options: Any, asked: Any, args: argparse.Namespace) -> tuple[Any, int]:
+def _help(sources: Sources, options: Any, asked: Any, ranks: Ranks | None) -> None:
+    from .encode import Encoders
+
+    Encoders(sources, options, asked.text_tokens, ranks).help(asked.memory, say)
+
+
+def _encode(
+    clips: list, sources: Sources, options: Any, asked: Any, args: argparse.Namespace, ranks: Ranks | None
+) -> tuple[Any, int]:
     from .encode import Encoders, encode_clips, folder_facts, target, with_bar
 
-    encoders = Encoders(sources, options, asked.text_tokens)
+    encoders = Encoders(sources, options, asked.text_tokens, ranks)
     with target(args.out, folder_facts(asked, encoders.mark), args.retry_skipped) as writer:
         writer.empty_text(encoders.text(""))
         tally = encode_clips(clips, encoders, writer, asked, say, with_bar("encoding"))
+    encoders.no_more()
     return tally, _total(writer)
 
 

@@ -14,7 +14,7 @@ from .config import Stage
 from .curves import Curves
 from .finish import Finish
 from .log import Log
-from .progress import Clock, Progress, fraction, learning_rate, merge, windows
+from .progress import Clock, Progress, fraction, learning_rate, merge, ways, windows
 from .session import Session
 from .stop import Stop
 
@@ -172,10 +172,9 @@ class Loop:
         session = self.session
         if session.clips.held_out:
             validation.warm_up(session, self.config.validation)
-        if self.at.stage < len(self.config.stages):
-            stage = self.config.stages[self.at.stage]
-            for pool in session.feeder.pools(stage):
-                for done in {0.0, 1.0} if stage.windows_from_dense or stage.merge_from_lse else {1.0}:
+        for stage in self.config.stages[self.at.stage :]:
+            for pool in session.feeder.pools(stage) if stage.bounded else ():
+                for done in ways(stage):
                     self.prepare_operator(stage, done)
                     self.backward(session.feeder.example(pool, stage), stage)
         session.optimizer.zero_grad(set_to_none=True)
@@ -255,6 +254,12 @@ class Loop:
                 self.write_log(self.config.stages[-1])
             self.validate("end")
             self.finish.sample(self.at.step)
+        elif any(stage.bounded for stage in self.config.stages):
+            self.unsaved = "no step"
+            self.session.say(
+                "no step was taken: the start took all of max_seconds, compilation included. Raise max_seconds, bound "
+                "the stage by training_seconds instead, or set compile = false."
+            )
         self.close()
         return LOST if self.unsaved else 0
 

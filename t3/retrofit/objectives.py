@@ -18,7 +18,7 @@ from diffusers import WanTransformer3DModel
 from torch.utils.checkpoint import checkpoint
 
 from ..attention import attend_window
-from ..backends import Situation, choose
+from ..backends import Backend, Situation, choose
 from ..plan import Grid
 from .config import Stage
 from .operator import Operator, projected
@@ -183,10 +183,11 @@ def relative_error(out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (out - target).square().mean() / target.square().mean()
 
 
-def dense_rows(attn, hidden_states, rotary, rows, backend: str) -> torch.Tensor:
+def dense_rows(attn, hidden_states, rotary, rows, backend: str | Backend) -> torch.Tensor:
     """Full self-attention's output `[B, rows, D]` of some tokens of `hidden_states` `[B, N, D]`."""
     q, k, v = projected(attn, hidden_states[:, rows], hidden_states, rotary, rows)
     q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
-    chosen, _ = choose(backend, Situation(q.device, q.dtype, q.shape[-1]))
-    out = attend_window(chosen, q.shape[-1] ** -0.5, q, k, v)
+    if isinstance(backend, str):
+        backend, _ = choose(backend, Situation(q.device, q.dtype, q.shape[-1]))
+    out = attend_window(backend, q.shape[-1] ** -0.5, q, k, v)
     return attn.to_out[1](attn.to_out[0](out.flatten(2, 3)))

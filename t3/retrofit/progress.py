@@ -103,3 +103,14 @@ def merge(stage: Stage, done: float) -> float | None:
     if done >= stage.merge_from_lse:
         return None
     return done / stage.merge_from_lse
+
+
+def ways(stage: Stage) -> list[float]:
+    """Parts of a stage, one for each of the ways its curriculum has blocks run: what compiling has to be done for."""
+    found = [1.0]
+    if stage.merge_from_lse:
+        found.append(0.0)
+    if stage.windows_from_dense:
+        levels = stage.window_levels
+        found += [(level + 0.5) / levels * stage.windows_from_dense for level in range(levels)]
+    return found

@@ -89,7 +89,7 @@ def _stride(levels: int) -> int:
 def warm_up(session: Session, asked: Validation) -> None:
     """Run one round for each size of clip: compiling and choosing kernels is then done."""
     seen = set()
-    for point in points(len(session.clips.held_out), asked):
+    for point in points(_clips(session, asked), asked):
         shape = session.clips.held_out[point.clip].stored.latents
         if shape not in seen:
             seen.add(shape)
@@ -97,6 +97,12 @@ def warm_up(session: Session, asked: Validation) -> None:
             session.objective.eval()
             session.objective(batch, Stage(), per_clip=True)
             session.objective.train()
+
+
+def _clips(session: Session, asked: Validation) -> int:
+    """How many held-out clips are measured."""
+    there = len(session.clips.held_out)
+    return min(there, asked.clips) if asked.clips else there
 
 
 def _size(session: Session, asked: Validation) -> int:
@@ -107,8 +113,8 @@ def _size(session: Session, asked: Validation) -> int:
 @torch.no_grad()
 def measure(session: Session, asked: Validation) -> Measured:
     """Measure the averaged weights (if there are any) with the plan's own operator. Every process takes its share."""
-    operator, clips = session.operator, session.clips.held_out
-    chosen = points(len(clips), asked)
+    operator = session.operator
+    chosen = points(_clips(session, asked), asked)
     was = operator.windows, operator.mean
     operator.windows, operator.mean = 1.0, None
     session.objective.eval()

@@ -1,4 +1,7 @@
-"""Exact decode and encode of Wan video latents in tiles: no seams, and no more memory than is allowed."""
+"""Exact decode and encode of Wan video latents in tiles: no seams, and no more memory than is allowed.
+
+`t3.vae.shared_decode` and `t3.vae.shared_encode` do the same over several processes.
+"""
 
 from .decode import decode_frames
 from .decoder import WanDecoder

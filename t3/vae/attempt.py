@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
 from ..errors import T3Error
 from .memory import is_out_of_memory
 from .plan import Plan
-from .tiles import Window, cores, split
+from .tiles import Window, split
 
 Say = Callable[[str], object]
 
@@ -50,14 +50,20 @@ def attempt(work: Callable[[], None], device: torch.device, meter: Meter) -> boo
 
 
 def tile_by_tile(
-    whole: Window, plan: Plan, once: Callable[[Window], bool], work: str, device: torch.device, scale: int, say: Say
+    parts: Iterable[Window],
+    plan: Plan,
+    once: Callable[[Window], bool],
+    work: str,
+    device: torch.device,
+    scale: int,
+    say: Say,
 ) -> None:
-    """Do all cores of a picture of `whole` latents, in tiles of `plan`; smaller ones from where memory runs out.
+    """Do all of `parts`, in latents, in tiles of `plan`; smaller ones from where memory runs out.
 
     once: does one core; False if memory ran out. work: "decode" or "encode"; scale: pixels of a latent; say: told of
     smaller tiles. Raises T3Error if memory runs out with tiles of one latent.
     """
-    todo = deque(cores(whole.rows.size, whole.cols.size, plan.tile))
+    todo = deque(core for part in parts for core in split(part, plan.tile))
     while todo:
         if once(todo[0]):
             todo.popleft()

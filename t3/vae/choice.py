@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 
+from .balance import longest
 from .memory import tile_bytes
 from .structure import Structure
 from .tiles import AxisSpans, Span, Window, axis_spans, cut, tile_windows
 
 # Tiles that cost this much more than the cheapest are as good: the smallest of them is taken.
 _AS_GOOD = 1.01
+# How much more than the least of the busiest rank's work so far a perfect sharing may take to be looked at closely.
+_WORTH_A_LOOK = 1.1
 
 
 @dataclass(frozen=True)
@@ -47,17 +50,83 @@ def best(found: Sequence[Choice], memory: int) -> Choice | None:
     return min(as_good, key=lambda choice: choice.bytes, default=None)
 
 
-class _Axis:
-    """One axis cut into tiles: what all tiles need at each level together, and the core that needs most."""
+@lru_cache(maxsize=8)
+def shared_choices(structure: Structure, height: int, width: int, itemsize: int, ranks: int) -> tuple[Choice, ...]:
+    """As `choices`, for tiles that ranks share: `work` is what the busiest of them has to do, the cheapest first."""
+    rows, cols = _axes(structure, height), _axes(structure, width)
+    return share_out(choices(structure, height, width, itemsize), rows, cols, partial(_work, structure), ranks)
+
+
+def share_out(
+    found: Sequence[Choice],
+    rows: Iterable[Axis],
+    cols: Iterable[Axis],
+    work: Callable[[Part, Part], int],
+    ranks: int,
+) -> tuple[Choice, ...]:
+    """The choices `found`, cheapest first, with the busiest rank's share for their work, and in the order of that.
+
+    rows, cols: every way to cut the axes. work: multiplications of a tile.
+    """
+    ways = [{axis.most: kinds(axis.parts) for axis in axes} for axes in (rows, cols)]
+    whole = [way[max(way)][0][0] for way in ways]
+    untiled, least = work(*whole), float("inf")
+    shared = []
+    for choice in found:
+        high, wide = (way[most] for way, most in zip(ways, choice.tile, strict=True))
+        if choice.work / ranks < _WORTH_A_LOOK * least:
+            busiest = longest([(work(r, c), n * m) for r, n in high for c, m in wide], ranks) / untiled
+            least = min(least, busiest)
+        else:
+            # Only a bound of it, for where nothing better fits.
+            busiest = choice.work / ranks + max(work(r, c) for r, _ in high[:2] for c, _ in wide[:2]) / untiled
+        shared.append(replace(choice, work=busiest))
+    return tuple(sorted(shared, key=lambda choice: (choice.work, choice.bytes)))
+
+
+def tile_costs(structure: Structure, height: int, width: int, tile: tuple[int, int]) -> list[float]:
+    """Multiplications of each tile, in the order of `t3.vae.tiles.cores`."""
+    rows, cols = _Axis(structure, height, tile[0]), _Axis(structure, width, tile[1])
+    return [_work(structure, row, col) for row in rows.parts for col in cols.parts]
+
+
+class Part:
+    """Of one axis what a tile, or all of them together, need at each level (`lengths`), and their cores' length."""
+
+    def __init__(self, lengths: list[list[int]], cores: int) -> None:
+        self.lengths, self.cores = lengths, cores
+
+
+def part_of(need: AxisSpans, core: Span) -> Part:
+    """Of one tile along one axis."""
+    return Part([[at.length for at in level] for level in need], core.length)
+
+
+def kinds(parts: Sequence[Part]) -> list[tuple[Part, int]]:
+    """Tiles of one kind need the same everywhere: one of each, and how many there are."""
+    alike: dict[tuple, list[Part]] = {}
+    for part in parts:
+        alike.setdefault((part.cores, *map(tuple, part.lengths)), []).append(part)
+    return [(some[0], len(some)) for some in alike.values()]
+
+
+class Axis(Part):
+    """One axis cut into tiles, `parts`: what all of them need together, and how long the longest core is, `most`."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts, self.most = parts, max(part.cores for part in parts)
+        levels = zip(*(part.lengths for part in parts), strict=True)
+        lengths = [[sum(at) for at in zip(*level, strict=True)] for level in levels]
+        super().__init__(lengths, sum(part.cores for part in parts))
+
+
+class _Axis(Axis):
+    """As the decoder needs it, with the core that needs most."""
 
     def __init__(self, structure: Structure, size: int, most: int) -> None:
         spans = cut(size, most)
         needs = [_needs(structure, span) for span in spans]
-        self.most = max(span.length for span in spans)
-        self.lengths = [
-            [sum(need[i][j].length for need in needs) for j in range(len(level))] for i, level in enumerate(needs[0])
-        ]
-        self.cores = sum(span.length for span in spans)
+        super().__init__([part_of(need, span) for span, need in zip(spans, needs, strict=True)])
         self.widest = max(zip(spans, needs, strict=True), key=lambda pair: pair[1][0][0].length)[0]
 
 
@@ -81,7 +150,7 @@ def _weigh(structure: Structure, rows: _Axis, cols: _Axis, all_rows: _Axis, all_
     )
 
 
-def _work(structure: Structure, rows: _Axis, cols: _Axis) -> int:
+def _work(structure: Structure, rows: Part, cols: Part) -> int:
     """Multiplications of the residual blocks, the upsampling and the head, for a latent frame that is not the first."""
     total, frames = 0, 1
     for i, level in enumerate(structure.levels):

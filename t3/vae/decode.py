@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -56,7 +56,7 @@ def decode_frames(
             not fit, or too little memory; later, if the device's memory runs out even with tiles of one latent, or the
             decoder's arithmetic gives NaN.
     """
-    _check_latents(decoder, latents)
+    check_latents(decoder, latents)
     structure = decoder.structure
     batch, _, frames, height, width = latents.shape
     scale = structure.scale
@@ -68,23 +68,27 @@ def decode_frames(
         out = torch.empty(shape, dtype=torch.float64 if decoder.dtype == torch.float64 else torch.float32)
     meter = Meter(progress, batch * height * width * (frames + structure.frames(frames)))
     for clip, frames_out in zip(latents, out, strict=True):
-        _Clip(decoder, clip[None], frames_out, plan, meter, say or logging.getLogger(__name__).warning).decode()
+        ClipDecode(decoder, clip[None], frames_out, plan, meter, say or logging.getLogger(__name__).warning).decode()
     return out
 
 
-class _Clip:
+class ClipDecode:
     """One clip on its way: latents `[1, C, T, H, W]` into `out` `[frames, H, W, 3]`."""
 
     def __init__(
         self, decoder: WanDecoder, latents: torch.Tensor, out: torch.Tensor, plan: Plan, meter: Meter, say: Say
     ):
         self.decoder, self.latents, self.out, self.plan, self.meter, self.say = decoder, latents, out, plan, meter, say
+        self.frames = decoder.structure.frames(latents.shape[2])
 
     def decode(self) -> None:
         whole = Window.whole(*self.latents.shape[3:])
-        hidden = self._middle(whole)
+        self.tiles([whole], self._middle(whole))
+
+    def tiles(self, parts: Iterable[Window], hidden: list[torch.Tensor]) -> None:
+        """Decode these parts of the picture. hidden: the middle stage's result for each latent frame, whole."""
         tile_by_tile(
-            whole,
+            parts,
             self.plan,
             lambda core: self._attempt(partial(self._tile, hidden, core)),
             "decode",
@@ -120,9 +124,7 @@ class _Clip:
     def _tile(self, hidden: list[torch.Tensor], core: Window) -> None:
         """Decode one tile, all of its time, into `out`."""
         windows = self.decoder.windows(core)
-        pixels = core.scaled(self.decoder.structure.scale)
-        target = self.out[:, pixels.rows.here, pixels.cols.here]
-        past, outlet = Past(len(self.out)), Outlet(target, self.decoder.device)
+        past, outlet = Past(self.frames), self.outlet(core.scaled(self.decoder.structure.scale))
         for whole in hidden:
             x = whole[windows[0][0].here].to(self.decoder.device)
             for frame in self.decoder.pixels(x, past, core, windows):
@@ -130,8 +132,12 @@ class _Clip:
                 self.meter.add(core.area)
         outlet.finish()
 
+    def outlet(self, pixels: Window) -> Outlet:
+        """Where the frames of this part of the picture go."""
+        return Outlet(self.out[:, pixels.rows.here, pixels.cols.here], self.decoder.device)
 
-def _check_latents(decoder: WanDecoder, latents: torch.Tensor) -> None:
+
+def check_latents(decoder: WanDecoder, latents: torch.Tensor) -> None:
     structure = decoder.structure
     shape = tuple(latents.shape)
     if latents.ndim != 5:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import T3Error
-from .layers import Attention, Conv, Norm, ResidualBlock, UpLevel
+from .layers import Attention, Conv, Norm, ResidualBlock, UpLevel, frames_back
 from .past import Past
 from .state import build
 from .structure import Shapes, Structure, read_structure
@@ -79,12 +79,27 @@ class WanDecoder(nn.Module):
 
         memory: bytes that attention scores may take (not needed where attention keeps none).
         """
+        return self.after(self.attended(self.before(latent, past), memory), past)
+
+    def before(self, latent: torch.Tensor, past: Past) -> Sum:
+        """The middle stage up to its attention."""
         whole = Window.whole(*latent.shape[2:])
         x = Sum(self.post_quant.pointwise(latent.contiguous(memory_format=layout(latent.device))), whole)
-        x = self.first(x, past, whole)
-        x = self.middle_before(x, past, whole)
-        x = self.middle_attention(x, memory)
-        return self.middle_after(x, past, whole).value()
+        return self.middle_before(self.first(x, past, whole), past, whole)
+
+    def attended(self, x: Sum, memory: int | None) -> torch.Tensor:
+        """Its attention, which sees this frame alone. Added up, so that it is the same when another process goes on."""
+        return self.middle_attention(x, memory).value()
+
+    def after(self, x: torch.Tensor, past: Past) -> torch.Tensor:
+        """What follows the attention."""
+        whole = Window.whole(*x.shape[2:])
+        return self.middle_after(Sum(x, whole), past, whole).value()
+
+    @property
+    def lookback(self) -> tuple[int, int]:
+        """Frames that `before` and `after` look back at."""
+        return frames_back(self.first) + frames_back(self.middle_before), frames_back(self.middle_after)
 
     def windows(self, core: Window) -> TileWindows:
         """The windows at each level that it takes to decode `core`, given in latents."""

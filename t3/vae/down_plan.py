@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
-from .choice import Choice
+from .choice import Axis, Choice, Part, part_of, share_out
 from .down_memory import down_middle_bytes, down_tile_bytes, features_bytes
 from .down_structure import DownStructure
 from .down_tiles import down_spans, down_windows
@@ -22,15 +22,18 @@ def make_down_plan(
     itemsize: int,
     memory: int | None,
     tile: int | tuple[int, int] | None,
+    ranks: int = 1,
 ) -> Plan:
     """The plan for an encode to latents of `size` (T, H, W). Its `keep_on` is where the middle stage's input waits.
 
-    itemsize: bytes of a number; memory, tile: as for `encode_frames`. Raises T3Error if there is no plan within
-    `memory`, or for a tile of less than a latent.
+    itemsize: bytes of a number; memory, tile: as for `encode_frames`; ranks: how many share the tiles.
+    Raises T3Error if there is no plan within `memory`, or for a tile of less than a latent.
     """
     frames, height, width = size
     if tile is None:
         found = down_choices(structure, height, width, itemsize)
+        if ranks > 1:
+            found = shared_down_choices(structure, height, width, itemsize, ranks)
     else:
         found = (down_weigh(structure, height, width, in_latents(tile, structure.scale), itemsize),)
     kept = features_bytes(structure, frames, height, width, itemsize)
@@ -61,17 +64,28 @@ def down_choices(structure: DownStructure, height: int, width: int, itemsize: in
     return tuple(sorted(found, key=lambda choice: (choice.work, choice.bytes)))
 
 
-class _Axis:
-    """One axis cut into tiles: what all tiles need at each level together, and the core that needs most."""
+@lru_cache(maxsize=8)
+def shared_down_choices(
+    structure: DownStructure, height: int, width: int, itemsize: int, ranks: int
+) -> tuple[Choice, ...]:
+    """As `down_choices`, for tiles that ranks share: `work` is what the busiest of them has to do."""
+    rows, cols = _axes(structure, height), _axes(structure, width)
+    return share_out(down_choices(structure, height, width, itemsize), rows, cols, partial(_work, structure), ranks)
+
+
+def down_tile_costs(structure: DownStructure, height: int, width: int, tile: tuple[int, int]) -> list[float]:
+    """Multiplications of each tile, in the order of `t3.vae.tiles.cores`."""
+    rows, cols = _Axis(structure, height, tile[0]), _Axis(structure, width, tile[1])
+    return [_work(structure, row, col) for row in rows.parts for col in cols.parts]
+
+
+class _Axis(Axis):
+    """One axis cut into tiles, as the encoder needs them, with the core that needs most."""
 
     def __init__(self, structure: DownStructure, size: int, most: int) -> None:
         spans = cut(size, most)
         needs = [down_spans(span, structure.reach, structure.first_radius) for span in spans]
-        self.most = max(span.length for span in spans)
-        self.lengths = [
-            [sum(levels[i][j].length for _, levels in needs) for j in range(len(level))]
-            for i, level in enumerate(needs[0][1])
-        ]
+        super().__init__([part_of(levels, span) for span, (_, levels) in zip(spans, needs, strict=True)])
         self.widest = max(zip(spans, needs, strict=True), key=lambda pair: pair[1][0].length)[0]
 
 
@@ -87,7 +101,7 @@ def _weigh(structure: DownStructure, rows: _Axis, cols: _Axis, untiled: int, ite
     return Choice((rows.most, cols.most), down_tile_bytes(structure, windows, itemsize), work)
 
 
-def _work(structure: DownStructure, rows: _Axis, cols: _Axis) -> int:
+def _work(structure: DownStructure, rows: Part, cols: Part) -> int:
     """Multiplications of all convolutions before the middle stage, for a latent frame that is not the first."""
     frames = structure.step
     areas = [[r * c for r, c in zip(*level, strict=True)] for level in zip(rows.lengths, cols.lengths, strict=True)]

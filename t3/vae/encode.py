@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -70,11 +70,11 @@ def encode_frames(
     latents = torch.empty(batch, structure.latent_channels, *size, dtype=dtype)
     meter = Meter(progress, batch * size[1] * size[2] * (count + size[0]))
     for clip, found in zip(frames, latents, strict=True):
-        _Clip(encoder, clip, found, plan, meter, say).encode()
+        ClipEncode(encoder, clip, found, plan, meter, say).encode()
     return latents
 
 
-class _Clip:
+class ClipEncode:
     """One clip on its way: `frames` `[frames, H, W, 3]` into `latents` `[C, T, H, W]`."""
 
     def __init__(
@@ -85,9 +85,14 @@ class _Clip:
 
     def encode(self) -> None:
         whole = Window.whole(*self.latents.shape[2:])
-        features = self._room()
+        features = self.room()
+        self.tiles([whole], features)
+        self._middle(features, whole)
+
+    def tiles(self, parts: Iterable[Window], features: list[torch.Tensor]) -> None:
+        """Take these parts of the picture, in latents, down to the middle stage's input, into whole frames of it."""
         tile_by_tile(
-            whole,
+            parts,
             self.plan,
             lambda core: self._attempt(partial(self._tile, features, core)),
             "encode",
@@ -95,12 +100,11 @@ class _Clip:
             self.encoder.structure.scale,
             self.say,
         )
-        self._middle(features, whole)
 
     def _attempt(self, work: Callable[[], None]) -> bool:
         return attempt(work, self.encoder.device, self.meter)
 
-    def _room(self) -> list[torch.Tensor]:
+    def room(self) -> list[torch.Tensor]:
         """Where tiles put the middle stage's input: for each latent frame a whole frame, on `plan.keep_on`."""
         features: list[torch.Tensor] = []
         _, frames, height, width = self.latents.shape
@@ -135,7 +139,8 @@ class _Clip:
                 wait_for(encoder.device)
             self.meter.add(core.area)
 
-    def _finite(self, mean: torch.Tensor) -> torch.Tensor:
+    def finite(self, mean: torch.Tensor) -> torch.Tensor:
+        """`mean`, unless it holds NaN or infinity: a T3Error then."""
         if not torch.isfinite(mean).all():
             raise T3Error(
                 f"encoding in {self.encoder.dtype} gave NaN or infinity. float16 overflows with some weights: encode "
@@ -150,7 +155,7 @@ class _Clip:
             past = Past(len(features))
             for number, x in enumerate(features):
                 mean = self.encoder.middle(x.to(self.encoder.device), past, self.plan.scores)
-                self.latents[:, number] = self._finite(mean[0].to(self.latents))
+                self.latents[:, number] = self.finite(mean[0].to(self.latents))
                 self.meter.add(whole.area)
 
         if not self._attempt(work):

@@ -11,7 +11,7 @@ from torch import nn
 from .down_layers import DownPast, DownStage
 from .down_structure import DownStructure, read_down_structure
 from .down_tiles import DownWindows, down_windows
-from .layers import Attention, Conv, Norm, ResidualBlock
+from .layers import Attention, Conv, Norm, ResidualBlock, frames_back
 from .past import Past
 from .state import build
 from .sums import Sum, laid_out
@@ -91,12 +91,29 @@ class WanEncoder(nn.Module):
 
         memory: bytes that attention scores may take (not needed where attention keeps none).
         """
-        whole = Window.whole(*x.shape[2:])
-        y = self.middle_before(Sum(laid_out(x), whole), past, whole)
+        y = self.before(x, past)
         del x
-        y = self.middle_attention(y, memory)
-        y = self.middle_after(y, past, whole)
+        return self.after(self.attended(y, memory), past)
+
+    def before(self, x: torch.Tensor, past: Past) -> Sum:
+        """The middle stage up to its attention."""
+        whole = Window.whole(*x.shape[2:])
+        return self.middle_before(Sum(laid_out(x), whole), past, whole)
+
+    def attended(self, x: Sum, memory: int | None) -> torch.Tensor:
+        """Its attention, which sees this frame alone. Added up, so that it is the same when another process goes on."""
+        return self.middle_attention(x, memory).value()
+
+    def after(self, x: torch.Tensor, past: Past) -> torch.Tensor:
+        """What follows the attention, to the mean."""
+        whole = Window.whole(*x.shape[2:])
+        y = self.middle_after(Sum(x, whole), past, whole)
         return self.quant.pointwise(self.head(y, past, whole, self.head_norm).value()).chunk(2, dim=1)[0]
+
+    @property
+    def lookback(self) -> tuple[int, int]:
+        """Frames that `before` and `after` look back at."""
+        return frames_back(self.middle_before), frames_back(self.middle_after) + frames_back(self.head)
 
     def _patchify(self, frame: torch.Tensor) -> torch.Tensor:
         """`patch` x `patch` pixels to channels (colour, column, row)."""

@@ -219,5 +219,10 @@ def run_blocks(blocks: nn.ModuleList, x: Sum, past: Past, windows: tuple[Window,
     return y
 
 
+def frames_back(module: nn.Module) -> int:
+    """Frames before the newest that its causal convolutions, one after the other, look at."""
+    return sum(conv.depth - 1 for conv in module.modules() if isinstance(conv, Conv))
+
+
 def _parameter(tensor: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)

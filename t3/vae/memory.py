@@ -132,6 +132,11 @@ def free_bytes(device: torch.device) -> int:
     return _available() // 2
 
 
+def free_for_each(device: torch.device, ranks: int) -> int:
+    """Bytes for each of so many processes: a card each, or a share of the main memory."""
+    return free_bytes(device) // (ranks if device.type == "cpu" else 1)
+
+
 def _available() -> int:
     """Main memory that can be had without swapping; within a container's limit where there is one."""
     found = []

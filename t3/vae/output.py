@@ -45,7 +45,7 @@ class Outlet:
         pixels = as_dtype(floats, self._target.dtype)
         number, self._count = self._count, self._count + 1
         if not self._staging:
-            self._target[number].copy_(pixels)
+            self._write(number, pixels)
             return
         if not self._free:
             self._land()
@@ -68,8 +68,12 @@ class Outlet:
     def _land(self) -> None:
         number, room, event = self._staged.popleft()
         event.synchronize()
-        self._target[number].copy_(room)
+        self._write(number, room)
         self._free.append(room)
+
+    def _write(self, number: int, pixels: torch.Tensor) -> None:
+        """Frame `number`, `[h, w, 3]` in the target's dtype, to its place."""
+        self._target[number].copy_(pixels)
 
 
 def as_floats(frame: torch.Tensor) -> torch.Tensor:

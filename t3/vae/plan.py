@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from ..errors import T3Error
-from .choice import Choice, best, choices, weigh
+from .choice import Choice, best, choices, shared_choices, weigh
 from .memory import free_bytes, kept_bytes, middle_bytes, with_room
 from .structure import Structure
 
@@ -43,14 +43,18 @@ def make_plan(
     itemsize: int,
     memory: int | None,
     tile: int | tuple[int, int] | None,
+    ranks: int = 1,
 ) -> Plan:
-    """The plan for latents of `size` (T, H, W). itemsize: bytes of a number; memory, tile: as for `decode_frames`.
+    """The plan for latents of `size` (T, H, W). itemsize: bytes of a number; memory, tile: as for `decode_frames`;
+    ranks: how many share the tiles.
 
     Raises T3Error if there is no plan within `memory`, or for a tile of less than a latent.
     """
     frames, height, width = size
     if tile is None:
         found = choices(structure, height, width, itemsize)
+        if ranks > 1:
+            found = shared_choices(structure, height, width, itemsize, ranks)
     else:
         found = (weigh(structure, height, width, in_latents(tile, structure.scale), itemsize),)
     needs = Needs(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ import host_models
 import torch
 from install import FOLDER
 from safetensors.torch import save_file
+from small_models import build_like_embedded
 
 from t3 import Plan
+from t3.embedded_files import host_file
 from t3.weights import T3Metadata
 from t3.weights.fingerprint import fingerprint
-from tools.notes import STYLE_LORA, T3_LORA, TEXT_ENCODER, WAN14, WAN21, WAN22, File
+from tools.notes import SMALL_FILES, STYLE_LORA, T3_LORA, TEXT_ENCODER, WAN14, WAN21, WAN22, File
 
 TEXT_WIDTH = 768  # of the text encoder below
 LAYERS = 2  # of the diffusion models
@@ -36,6 +39,7 @@ BUILDERS: dict[File, Callable[[], tuple[dict[str, torch.Tensor], dict[str, str]]
     TEXT_ENCODER: lambda: (_text_encoder(), {}),
     WAN21.vae: lambda: (_vae21(), {}),
     WAN22.vae: lambda: (_vae22(), {}),
+    **{file: lambda part=part: _small(part) for part, file in SMALL_FILES.items()},
 }
 
 
@@ -113,6 +117,13 @@ def _vae22() -> dict[str, torch.Tensor]:
             dim=160, z_dim=48, dim_mult=[1, 2, 4, 4], num_res_blocks=2, temperal_downsample=[False, True, True]
         )
     return random_state(vae, 2)
+
+
+def _small(part: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """A file of the embedded model's, but for the transformer's weights, which are random."""
+    with tempfile.TemporaryDirectory() as folder:
+        entries, metadata = host_file(build_like_embedded(Path(folder) / "model"), part)
+        return {entry.name: entry.tensor().clone() for entry in entries}, metadata
 
 
 def random_state(module: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]:

@@ -327,14 +327,17 @@ def test_auto_goes_by_free_memory_and_says_so(t3, pack, monkeypatch, caplog):
         assert caplog.text.count("memory: ") == 1 and words in caplog.text
 
 
-def test_compiles_without_a_graph_break(t3, monkeypatch):
+@pytest.mark.parametrize("beside", [{}, {"prefix": 5, "suffix": 3}], ids=["alone", "tokens beside"])
+@pytest.mark.parametrize("kernels", [False, True], ids=["plain torch", "kernels' ops"])
+def test_compiles_without_a_graph_break(t3, monkeypatch, kernels, beside):
     """Compiled, the block is whole. The host's default attention on a CPU breaks the graph by itself."""
     import comfy.ldm.modules.attention as attention
 
     monkeypatch.setattr("comfy.ldm.wan.model.optimized_attention", attention.attention_pytorch)
+    monkeypatch.setattr(t3.fused, "triton_usable", lambda device, dtype: kernels)
     torch._dynamo.reset()
-    block, arguments = make_block(dtype=torch.float32), inputs(dtype=torch.float32)
-    ours = patch(t3, block)
+    block, arguments = make_block(dtype=torch.float32), inputs(dtype=torch.float32, **beside)
+    ours = patch(t3, block, **beside)
     with torch.no_grad():
         expected = ours.forward(**arguments, transformer_options={})
         block.forward = ours.forward

@@ -94,8 +94,7 @@ def test_every_self_attention_is_the_reference(pack, monkeypatch, case, kernels)
 
     assert out.shape == x.shape and torch.isfinite(out).all()
     assert len(seen) == len(hooks)
-    # Tokens beside the grid are for the other path.
-    assert len(made) == (len(seen) if kernels and not case.prefix and not case.suffix else 0)
+    assert len(made) == (len(seen) if kernels else 0)
     for layer, attn, tokens, freqs, attended in seen:
         assert tokens.shape[1] == case.prefix + grid.tokens + case.suffix
         where = (attn, tokens, freqs, grid, plan.partition(layer, grid), case.prefix)

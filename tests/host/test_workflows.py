@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from t3.generate import DEFAULTS, NEGATIVE_PROMPT
+from t3.generate import DEFAULTS, EMBEDDED_DEFAULTS, EMBEDDED_PROMPT, NEGATIVE_PROMPT
 from tools import notes
 from tools.graph import NOTE, boxes, overlaps
 from tools.workflows import FOLDER, as_text, graphs
@@ -17,6 +17,10 @@ pytest_plugins = ["host_fixtures"]
 NAMES = [graph.name for graph in graphs()]
 UI = {name: json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")) for name in NAMES}
 API = {name: json.loads((FOLDER / "api" / f"{name}.json").read_text(encoding="utf-8")) for name in NAMES}
+
+
+SMALL = "Small model T3 on any machine"
+DECODE = "T3VAEDecodeToVideo"
 
 
 def of_kind(name: str, kind: str) -> list[dict]:
@@ -104,7 +108,7 @@ def test_every_model_file_is_named_in_a_note_with_link_and_folder(name):
         assert f"models/{known[file].folder}" in texts(name)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if of_kind(name, "KSampler")])
+@pytest.mark.parametrize("name", [name for name in NAMES if of_kind(name, "KSampler") and name != SMALL])
 def test_settings_are_the_releases(name):
     (sampler,) = of_kind(name, "KSampler")
     assert (sampler["sampler_name"], sampler["scheduler"], sampler["denoise"], sampler["cfg"]) == (
@@ -123,6 +127,23 @@ def test_settings_are_the_releases(name):
         assert inputs["fps"] == DEFAULTS["fps"]
     assert [kind for kind in upstream(name, sampler["model"]) if kind in ("T3Attention", "T3RetrofitLoader")]
     assert "noise" in texts(name), "the notes must say what stock weights give"
+
+
+def test_the_embedded_model_runs_with_its_own_settings():
+    """Those of the command line; its plan comes from its own file; prompt and padding are as long as in training."""
+    (sampler,), (size,), (decoded,) = (of_kind(SMALL, kind) for kind in ("KSampler", "T3EmptyLatent", DECODE))
+    found = {name: size[name] for name in ("height", "width", "frames")}
+    found |= {"steps": sampler["steps"], "cfg": sampler["cfg"], "fps": decoded["fps"], "negative_prompt": ""}
+    assert found == EMBEDDED_DEFAULTS
+    assert (sampler["sampler_name"], sampler["scheduler"], sampler["denoise"]) == ("euler", "simple", 1)
+    assert [inputs["shift"] for inputs in of_kind(SMALL, "ModelSamplingSD3")] == [5]
+    (unet,), (t3,) = of_kind(SMALL, "UNETLoader"), of_kind(SMALL, "T3RetrofitLoader")
+    assert t3["file"] == f"diffusion_models/{unet['unet_name']}"
+    assert "T3RetrofitLoader" in upstream(SMALL, sampler["model"])
+    prompt, padding = (inputs["text"].split() for inputs in of_kind(SMALL, "CLIPTextEncode"))
+    assert " ".join(prompt) == EMBEDDED_PROMPT
+    # Each of the two ends in a token of its own.
+    assert len(prompt) + 1 + len(padding) + 1 == 512
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "image-to-video" in name])

@@ -230,3 +230,25 @@ def test_offsets_are_64_bit(device, window_group):
     x.copy_(random(1, 2, 128, dtype=torch.float16, device=device))
     (out,) = window_group(x, [None])
     assert torch.equal(out, x[0])
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("ranks", "groups", "each"), [(2, 3, 1), (3, 1, 2), (2, 2, 3)])
+@pytest.mark.parametrize("given", [False, True])
+def test_group_writes_pieces_for_other_ranks(device, window_group, batch, ranks, groups, each, given):
+    tokens, head_dim = 30, 32
+    width = ranks * groups * each * head_dim
+    x = random(batch, tokens, width, dtype=torch.bfloat16, device=device)
+    weight = random(width, dtype=torch.bfloat16, device=device, seed=1)
+    inverse = random(batch, tokens, device=device, seed=2).abs() if given else None
+    arguments = ([None], weight, 1e-6, *turns(tokens, head_dim, device), inverse)
+    # Of some of the tokens, with others before and after.
+    packed = torch.full((batch, groups, ranks, tokens + 5, each * head_dim), 7.0, dtype=x.dtype, device=device)
+    view = packed.permute(0, 3, 2, 1, 4)
+    window_group(x, *arguments, outs=[view[:, 2 : tokens + 2]])
+    (exact,) = group_naive.window_group(x.double(), *arguments)
+    close(view[:, 2 : tokens + 2].flatten(2), exact.unflatten(0, (batch, tokens)), torch.bfloat16)
+    assert (view[:, :2] == 7).all() and (view[:, tokens + 2 :] == 7).all()
+    other = torch.empty_like(packed).permute(0, 3, 2, 1, 4)[:, :tokens]
+    group_naive.window_group(x, *arguments, outs=[other])
+    close(other.flatten(2), exact.unflatten(0, (batch, tokens)), torch.bfloat16)

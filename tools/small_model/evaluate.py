@@ -101,7 +101,8 @@ def load_engine(args) -> Engine:
     return engine
 
 
-def main(arguments: list[str] | None = None) -> None:
+def options() -> argparse.ArgumentParser:
+    """The command line's parser."""
     parser = argparse.ArgumentParser(prog="python -m tools.small_model.evaluate", description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="pipeline folder (VAE, text encoder; see init_dit)")
     parser.add_argument("--dit", help="transformer in place of the folder's own")
@@ -121,7 +122,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--device", default="auto")
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = options().parse_args(arguments)
     try:
         pick_device(args.device)
         engine = load_engine(args)

@@ -39,6 +39,8 @@ def _window_group(
     sin_batch,
     sin_token,
     sin_pair,
+    piece_rank,
+    piece_group,
     WIDTH: tl.constexpr,
     HEAD: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
@@ -50,6 +52,8 @@ def _window_group(
     TWO: tl.constexpr,
     MOVE_ONE: tl.constexpr,
     MOVE_TWO: tl.constexpr,
+    PIECE: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):
     """One program: `TOKENS` tokens, one after the other, with all their channels. Offsets are 64-bit.
 
@@ -64,6 +68,10 @@ def _window_group(
         within = channel % BLOCK_HEAD
         channel = channel // BLOCK_HEAD * HEAD + within
         inside = (within < HEAD) & (channel < WIDTH)
+    place = channel
+    if PIECE > 0:
+        piece = (channel // PIECE).to(tl.int64)
+        place = piece // GROUPS * piece_rank + piece % GROUPS * piece_group + channel % PIECE
     pair = tl.arange(0, BLOCK_HEAD // 2)
     turned = pair < HEAD // 2
     for token in range(first, tl.minimum(first + TOKENS, tokens)):
@@ -88,7 +96,7 @@ def _window_group(
         if TURN:
             a, b = tl.split(tl.reshape(y, (BLOCK_HEADS, BLOCK_HEAD // 2, 2)))
             y = tl.reshape(tl.join(a * c - b * s, a * s + b * c), (BLOCK_HEADS * BLOCK_HEAD,))
-        tl.store(out_one + batch * one_batch + one * one_row + channel, y.to(out_one.dtype.element_ty), mask=inside)
+        tl.store(out_one + batch * one_batch + one * one_row + place, y.to(out_one.dtype.element_ty), mask=inside)
         if TWO:
             at = out_two + batch * two_batch + two * two_row + channel
             tl.store(at, y.to(out_two.dtype.element_ty), mask=inside)
@@ -160,6 +168,10 @@ def window_group(
     # Both groupings' rows lie alike.
     rows_batch = next((at.stride(0) for at in rows if at is not None), 0)
     to_one, to_two = _places(outs[0], rows[0], count), _places(outs[-1], rows[-1], count)
+    # Pieces of the width that do not lie side by side; the constants of one piece change no other kernel.
+    piece_rank, piece_group, groups, piece = 0, 0, 1, 0
+    if outs[0].ndim == 5:
+        (piece_rank, piece_group), (groups, piece) = outs[0].stride()[2:4], outs[0].shape[3:]
     if weight is None and cos is None:
         block = triton.next_power_of_2(width)
         at_once = triton.next_power_of_2(tokens or max(1, MOVED // block))
@@ -203,6 +215,10 @@ def window_group(
         *to_two,
         *_strides(cos),
         *_strides(sin),
+        piece_rank,
+        piece_group,
+        PIECE=piece,
+        GROUPS=groups,
         HEAD=head,
         BLOCK_HEADS=triton.next_power_of_2(width // head),
         BLOCK_HEAD=triton.next_power_of_2(head),
@@ -217,6 +233,8 @@ def window_group(
 
 def _places(out: torch.Tensor, rows: torch.Tensor | None, count: int) -> tuple[int, int]:
     """Strides of sample and row: where tokens move, a row says all; else it is counted within its sample."""
+    if out.ndim == 5:
+        return out.stride(0), out.stride(1)
     if rows is not None:
         return 0, out.stride(-2)
     return (out.stride(0) if out.ndim == 3 else count * out.stride(0)), out.stride(-2)

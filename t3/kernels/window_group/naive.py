@@ -30,7 +30,8 @@ def window_group(
             (a, b) becomes (a cos - b sin, a sin + b cos). None: no rotation.
         inverse: float32 `[B, N]`, `1 / sqrt(mean(x^2) + eps)` of heads beyond those in `x` too, to be used as it is.
         outs: for each grouping where to write: `[B * N, width]`, or `[B, N, width]` where tokens stay in their order;
-            any strides but those of the channels. None: new tensors.
+            any strides but those of the channels. One grouping whose tokens stay, normed or turned, may also be
+            `[B, N, ranks, groups, width / ranks / groups]`, any strides but the last. None: new tensors.
 
     Returns for each grouping `[B * N, width]` in x's dtype, contiguous, or `outs`.
     """
@@ -54,5 +55,5 @@ def window_group(
         if to is not None:
             out[to.flatten().long()] = y.flatten(0, 1)
         else:
-            out.view(y.shape).copy_(y)
+            out.copy_(y.view(out.shape) if out.ndim == 2 else y.unflatten(2, out.shape[2:]))
     return outs

@@ -1,0 +1,145 @@
+"""A prompt file that several processes work through: shared, resumed, and told apart in the results."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from t3.batch import Batch
+from t3.claims import claim_path, take
+from t3.jobs import Clip, Job
+from t3.parallel.split import Split
+from t3.parallel.team import Team
+from t3.parallel.world import World
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["--height", "64", "--width", "96", "--frames", "5", "--steps", "2", "--cfg", "1"]
+
+
+def jobs_in(folder: Path, *names: str, latents: bool = False) -> list[Job]:
+    clip = Clip("", "", 64, 96, 5, 1, 1.0, 0)
+    return [Job(name, clip, folder / f"{name}.mp4", folder / f"{name}.latent" if latents else None) for name in names]
+
+
+def batch_of(jobs: list[Job], overwrite: bool = False) -> Batch:
+    return Batch(jobs, argparse.Namespace(prompts="list.txt", overwrite=overwrite))
+
+
+ALONE = Team(World(), Split())
+
+
+def test_a_clip_is_claimed_while_it_is_made_and_given_back_after_a_fault(tmp_path):
+    jobs = jobs_in(tmp_path, "a", "b", "c")
+    jobs[1].out.touch()
+    taken = batch_of(jobs).of_team(ALONE)
+    first = next(taken)
+    assert first.name == "a" and claim_path(first.out).exists() and take(first.out) is None
+    assert next(taken).name == "c", "what another process finished is left out"
+    assert not claim_path(first.out).exists()
+    taken.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["b.mp4"]
+
+
+def test_both_files_must_be_there(tmp_path):
+    (job,) = jobs_in(tmp_path, "a", latents=True)
+    batch = batch_of([job])
+    job.out.touch()
+    assert not batch.is_finished(job)
+    job.latents.touch()
+    assert batch.is_finished(job)
+
+
+def test_what_is_replaced_is_done_once_it_is_new(tmp_path):
+    (job,) = jobs_in(tmp_path, "a")
+    job.out.touch()
+    os.utime(job.out, (1, 1))
+    batch = batch_of([job], overwrite=True)
+    assert not batch.is_finished(job) and batch_of([job]).is_finished(job)
+    after = time.time() + 1
+    os.utime(job.out, (after, after))
+    assert batch.is_finished(job)
+
+
+def test_the_outcome_counts_every_clip_once(tmp_path):
+    jobs = jobs_in(tmp_path, "made", "tried", "failed", "other", "held", "lost")
+    for job in (jobs[0], jobs[1], jobs[3]):
+        job.out.touch()
+    held = take(jobs[4].out)
+    results = [
+        {"name": "made", "status": "done"},
+        {"name": "tried", "status": "done"},
+        {"name": "tried", "status": "failed", "error": "no memory"},
+        {"name": "failed", "status": "failed", "error": "bad"},
+    ]
+    clips, elsewhere = batch_of(jobs).outcome(results)
+    assert {clip["name"]: clip["status"] for clip in clips} == {
+        "made": "done",
+        "tried": "done",
+        "failed": "failed",
+        "other": "done",
+        "lost": "failed",
+    }
+    assert len(clips) == 5 and elsewhere == ["held"]
+    assert [clip["name"] for clip in clips if "by" in clip] == ["other"]
+    held.release()
+
+
+def test_one_prompt_is_not_claimed(tmp_path):
+    jobs = jobs_in(tmp_path, "a")
+    taken = Batch(jobs, argparse.Namespace(prompts=None, overwrite=False)).of_team(ALONE)
+    assert [job.name for job in taken] == ["a"] and not list(tmp_path.iterdir())
+
+
+def generate(folder: Path, model: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "t3.generate", *TINY, "--model", str(model)]
+    return subprocess.Popen(
+        [*command, "--prompts", str(folder / "list.txt"), "--out", str(folder / "clips"), "--json"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_make_each_clip_once_and_what_a_killed_one_left_is_made_later(tmp_path, tiny_model):
+    names = [f"clip {i}" for i in range(5)]
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    clips = tmp_path / "clips"
+    both = [generate(tmp_path, tiny_model) for _ in range(2)]
+    # One is killed in the middle of its second clip or so.
+    end = time.monotonic() + 120
+    while len(list(clips.glob("*.mp4"))) < 2 and time.monotonic() < end and both[0].poll() is None:
+        time.sleep(0.02)
+    both[0].send_signal(signal.SIGKILL)
+    both[0].communicate(timeout=60)
+    out, err = both[1].communicate(timeout=120)
+    assert both[1].returncode == 0, err
+    result = json.loads(out)
+    assert result["ok"] and not result["elsewhere"]
+    assert len(list(clips.glob("*.mp4"))) == 5
+    assert {clip["status"] for clip in result["clips"]} == {"done"}
+    assert not list(clips.glob("*.claim")) and not list(clips.glob(".*.claim"))
+    again = generate(tmp_path, tiny_model)
+    out, err = again.communicate(timeout=120)
+    assert again.returncode == 0, err
+    assert json.loads(out)["already_done"] == 5
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_on_cpus(tmp_path):
+    out = tmp_path / "rows.json"
+    script = str(ROOT / "benchmarks/parallel_batch.py")
+    command = [sys.executable, script, "--tiny", "--gpus", "2", "--clips", "2", "--no-kill", "--out", str(out)]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (run,) = json.loads(out.read_text())["runs"]
+    assert run["status"] == 0 and run["ok"] and run["clips"] == 2 and run["split"] == "data 2"
+    assert run["again"] == {"already_done": 2, "made": 0}

@@ -1,0 +1,189 @@
+"""The model of times on many GPUs: its arithmetic, its limits, and the tables made of it and of measurements."""
+
+import json
+import math
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from t3 import scaling
+from t3.bench import __main__ as bench
+from t3.bench.scaling import BEGIN, END, Measured, clips, decode_seconds, document, models
+from t3.scaling import Clip, Model, busy_share, exposed, forward, layer_bytes, mean_wait, servers_needed, tensor_bytes
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = Model("small", layers=4, width=96, heads=12, tokens=1000, forward=8.0, attention=1.0, latent_bytes=500)
+NOTHING = Measured()
+
+
+def test_bytes_are_those_of_an_all_to_all():
+    """Counted one by one: every rank sends each token's numbers of every head that is another rank's."""
+    for ranks in SMALL.degrees:
+        sent = sum(
+            SMALL.width // SMALL.heads * SMALL.element
+            for head in range(SMALL.heads)
+            for token in range(SMALL.tokens)
+            if token * ranks // SMALL.tokens == 0 and head * ranks // SMALL.heads != 0
+        )
+        own = sum(token * ranks // SMALL.tokens == 0 for token in range(SMALL.tokens))
+        assert tensor_bytes(SMALL, ranks) * own * ranks / SMALL.tokens == pytest.approx(sent)
+        assert layer_bytes(SMALL, ranks) == 4 * tensor_bytes(SMALL, ranks)
+    assert layer_bytes(SMALL, 1) == 0 and SMALL.degrees == [1, 2, 3, 4, 6, 12]
+
+
+def test_at_4k_each_of_two_ranks_sends_half_a_gigabyte_a_tensor():
+    big, other = models(NOTHING)
+    assert (big.tokens, big.heads, other.tokens, other.heads) == (685_440, 12, 171_360, 24)
+    assert tensor_bytes(big, 2) == 685_440 * 1536 * 2 / 4
+
+
+def test_time_lies_between_perfect_and_everything_in_turn():
+    for ranks in SMALL.degrees[1:]:
+        for speed in (1e3, 1e5, 1e9):
+            in_turn = SMALL.forward / ranks + SMALL.layers * layer_bytes(SMALL, ranks) / speed
+            assert forward(SMALL, ranks, speed) == pytest.approx(in_turn)
+            for groups in (2, 3, 6):
+                assert SMALL.forward / ranks < forward(SMALL, ranks, speed, groups) <= in_turn
+    # Where attention lasts longer than what is sent, a third is left of three groups.
+    quick = layer_bytes(SMALL, 2) / 1e9
+    assert exposed(SMALL, 2, 1e9, 3) == pytest.approx(quick / 3)
+    # A rank with one head has nothing to overlap.
+    assert exposed(SMALL, 12, 1e9, 3) == exposed(SMALL, 12, 1e9, 1)
+
+
+def test_where_sending_takes_as_long_as_computing():
+    for ranks in SMALL.degrees[1:]:
+        speed = scaling.enough_bandwidth(SMALL, ranks)
+        assert forward(SMALL, ranks, speed) == pytest.approx(2 * SMALL.forward / ranks)
+
+
+def test_guidance_halves_a_step():
+    assert scaling.step(SMALL, 1, 1, 1e9) == 16.0
+    assert scaling.step(SMALL, 2, 1, 1e9) == pytest.approx(8.0 + 500 / 1e9)
+
+
+def test_a_clips_cost_and_the_rate_of_many():
+    clip = Clip(gpus=8, sampling=70.0, decode=2.0, write=18.0)
+    assert clip.seconds == 90 and clip.gpu_seconds == 720 and clip.cost(5.0) == pytest.approx(1.0)
+    assert clip.per_hour(72) == pytest.approx(9 * 40) and clip.per_hour(7) == 0
+
+
+def test_queues_are_erlangs():
+    # One server: the share that waits is its load. Two servers at half: 1/3. A table's value: 10 servers at 8 Erlang.
+    assert busy_share(1, 0.7) == pytest.approx(0.7)
+    assert busy_share(2, 1.0) == pytest.approx(1 / 3)
+    assert busy_share(10, 8.0) == pytest.approx(0.4092, abs=1e-4)
+
+    def by_definition(servers: int, load: float) -> float:
+        top = load**servers / math.factorial(servers) * servers / (servers - load)
+        return top / (sum(load**k / math.factorial(k) for k in range(servers)) + top)
+
+    for servers, load in ((3, 2.5), (7, 1.2), (20, 19.0)):
+        assert busy_share(servers, load) == pytest.approx(by_definition(servers, load))
+    with pytest.raises(ValueError, match="more than 3"):
+        busy_share(3, 3.0)
+    # One server with equal times (M/D/1): load x service / (2 (1 - load)).
+    assert mean_wait(1, 0.5, 10.0) == pytest.approx(0.5 * 10 / (2 * 0.5))
+    enough = servers_needed(1000, 600.0, 60.0)
+    load = 1000 / 3600 * 600
+    assert mean_wait(enough, load, 600.0) <= 60 < mean_wait(enough - 1, load, 600.0)
+    assert busy_share(5000, 4900.0) < 1, "large pools do not overflow"
+
+
+@pytest.fixture
+def files(tmp_path):
+    """What the two scripts write, with numbers that are known."""
+    rows = [
+        {"model": "1.3b", "case": "alone", "ranks": 2, "seconds": 6.0},
+        {"model": "1.3b", "case": "sequence", "ranks": 2, "seconds": 3.5},
+        {"model": "1.3b", "case": "sequence", "ranks": 2, "seconds": 3.2},
+        {"model": "1.3b", "case": "sequence", "ranks": 2, "failed": "no memory"},
+        {"model": "1.3b", "case": "guidance", "ranks": 2, "seconds": 6.1},
+        {"model": "1.3b", "case": "all-to-all", "ranks": 2, "seconds": 0.002, "gb_per_s": 250.0},
+    ]
+    decode = [
+        {"case": "decode 2.1", "row": "one rank", "ranks": 1, "seconds": 16.0},
+        {"case": "decode 2.1", "row": "all ranks", "ranks": 2, "seconds": 8.5},
+        {"case": "encode 2.1", "row": "one rank", "ranks": 1, "seconds": 9.0},
+        {"case": "encode 2.1", "row": "all ranks", "ranks": 2, "seconds": 4.5},
+    ]
+    made = {"forward.json": rows, "decode.json": decode}
+    for name, some in made.items():
+        (tmp_path / name).write_text(json.dumps({"machine": {"machine": "a card"}, "rows": some}))
+    runs = [{"gpus": 1, "clips_an_hour": 900.0}, {"gpus": 2, "clips_an_hour": 1700.0}, {"gpus": 2, "case": "killed"}]
+    options = {"clips": 16, "frames": 5, "steps": 2}
+    (tmp_path / "batch.json").write_text(json.dumps({"machine": {}, "options": options, "runs": runs}))
+    return [*(tmp_path / name for name in made), tmp_path / "batch.json"]
+
+
+def test_what_was_measured_takes_the_place_of_the_model(files):
+    measured = Measured.read(files)
+    model = models(measured)[0]
+    assert model.forward == 6.0 and measured.bandwidth == 250e9 and measured.cards == ["a card"]
+    text = document(measured)
+    assert "3.20 s, 1.88 m" in text and "1.97 times one GPU on 2" in text
+    assert decode_seconds("2.1", 2, measured) == (8.5, "m")
+    four, status = decode_seconds("2.1", 4, measured)
+    assert status == "c" and 4.0 < four < 4.5
+    assert "| 2 | guidance 2 | 300 c | 8.5 m |" in text
+    assert "4.5 s, 2.00 m" in text and "| 2 | 1700 m | 1.89 m |" in text and "16 clips of 5 frames, 2 steps" in text
+
+
+def test_every_figure_of_the_document_says_what_it_is():
+    """A number that is not a count of ranks, GPUs or clips, or of steps, has its letter."""
+    tables, given = (
+        document(NOTHING).split("**"),
+        {"VAE", "ranks", "GPUs a clip", "clips asked for an hour", "model", "split", "from"},
+    )
+    checked = 0
+    for table in tables:
+        lines = [line[1:-1].split("|") for line in table.splitlines() if line.startswith("|")]
+        for row in lines[2:]:
+            for head, cell in zip(lines[0], row, strict=False):
+                cell = cell.strip()
+                if (
+                    head.strip() in given
+                    or not any(letter.isdigit() for letter in cell)
+                    or row[0].strip() == "steps, with guidance"
+                ):
+                    continue
+                if head.strip() == "" and cell == row[0].strip():
+                    continue
+                assert cell.split()[-1] in ("m", "c", "a"), (head, cell)
+                checked += 1
+    assert checked > 150
+
+
+def test_more_gpus_make_a_clip_sooner_and_dearer():
+    for model in models(NOTHING):
+        found = [clip for _, clip, _ in clips(model, NOTHING)]
+        assert [clip.gpus for clip in found][:4] == [1, 2, 4, 8]
+        assert all(a.seconds > b.seconds and a.gpu_seconds < b.gpu_seconds for a, b in pairwise(found))
+    # A link that is slow changes what is best for two.
+    slow = replace(models(NOTHING)[0], attention=0.0)
+    assert forward(slow, 2, 1e9) > slow.forward
+
+
+def test_the_command_puts_the_tables_into_a_document(files, tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    arguments = ["scaling", *map(str, files), "--price", "3", "--into", str(page)]
+    assert bench.main(arguments) == 0
+    printed = capsys.readouterr().out.strip()
+    assert page.read_text() == f"before\n{BEGIN}\n\n{printed}\n\n{END}\nafter\n"
+    assert "3.00 $ a" in printed
+    assert bench.main(["scaling", "--price", "0"]) == 2
+    assert bench.main(["scaling", "--into", str(files[0])]) == 2
+    files[0].write_text("[]")
+    assert bench.main(["scaling", str(files[0])]) == 2
+    assert "no result of" in capsys.readouterr().err
+
+
+def test_the_page_in_the_docs_is_what_the_command_prints():
+    measured = sorted((ROOT / "benchmarks").glob("parallel_*.json"))
+    page = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
+    shown = page.partition(BEGIN)[2].partition(END)[0].strip()
+    command = "python -m t3.bench scaling benchmarks/parallel_*.json --into docs/scaling.md"
+    assert shown == document(Measured.read(measured)), f"run: {command}"

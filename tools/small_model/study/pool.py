@@ -1,0 +1,67 @@
+"""Processes, one for each card: started with a log each, and ended when the time is over."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+_GRACE = 5.0  # seconds between asking a process to end and ending it
+
+
+def cards(workers: int) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES says for each of so many workers, out of the cards this process may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [name for name in visible.split(",") if name] if visible else [str(i) for i in range(workers)]
+    return [names[i % len(names)] if names else "" for i in range(workers)]
+
+
+def run_all(
+    commands: Sequence[Sequence[str]],
+    logs: Path,
+    deadline: float,
+    cache: Path,
+    each: Callable[[], None] = lambda: None,
+) -> list[int]:
+    """Run these commands at once, a card for each, and return the exit statuses of those that ended by themselves.
+
+    Their standard error goes to `logs`/worker-N.log. Past `deadline` (`time.time()`) they are asked to end, then
+    ended. each: called every few seconds meanwhile. cache: where compiled code is kept for the next process.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    processes = []
+    for number, (command, card) in enumerate(zip(commands, cards(len(commands)), strict=True)):
+        environment = {
+            "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",
+            "TORCHINDUCTOR_CACHE_DIR": str(cache.absolute()),
+            **os.environ,
+            "CUDA_VISIBLE_DEVICES": card,
+        }
+        with open(logs / f"worker-{number}.log", "ab") as log:
+            processes.append(subprocess.Popen([sys.executable, *command], env=environment, stderr=log))
+    try:
+        while any(process.poll() is None for process in processes) and time.time() < deadline:
+            time.sleep(0.5)
+            each()
+    finally:
+        ended = [process.returncode for process in processes if process.poll() is not None]
+        _end(processes)
+    each()
+    return ended
+
+
+def _end(processes: list[subprocess.Popen]) -> None:
+    running = [process for process in processes if process.poll() is None]
+    for process in running:
+        process.send_signal(signal.SIGTERM)
+    until = time.time() + _GRACE
+    for process in running:
+        try:
+            process.wait(max(0.0, until - time.time()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
