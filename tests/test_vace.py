@@ -142,7 +142,8 @@ def test_from_a_file_of_original_names(capsys, folder, images):
     for more in ([], ["--dit", "vace.safetensors"]):
         assert generate.main([*rest, "--latents-out", "l.latent", *more]) == 0
         found.append(load_latents("l.latent")[0])
-    assert torch.equal(*found)
+    # Where a weight begins in its file decides how it is aligned, and that in which order products are summed.
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
     capsys.readouterr()
     assert generate.main([*rest, "--latents-out", "l.latent", "--dit", "vace.safetensors", "--dry-run"]) == 0
     facts = json.loads(capsys.readouterr().out)
