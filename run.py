@@ -19,7 +19,7 @@ USAGE = """usage: python3 run.py COMMAND [ARGUMENTS]
   generate   text to video; without arguments the embedded model draws a clip (python -m t3.generate)
   decode     saved latents to video (python -m t3.decode)
   inspect    what a file of weights is, and which of its keys have no place (python -m t3.inspect)
-  convert    weights under the names of another program (python -m t3.convert)
+  convert    weights under the names of another program, or merged into a model (python -m t3.convert)
   extract    a tuned model as a LoRA for the model it was tuned from (python -m t3.extract)
   retrofit   tune a model to T3, or train one (python -m t3.retrofit)
   backends   which attention kernels this machine can use (python -m t3.backends)

@@ -182,6 +182,41 @@ def find_sources(
     return _finish(base, t3_weights, loras)
 
 
+def find_merge(base: str | Path, t3_weights: Sequence[str] = (), loras: Sequence[str] = ()) -> Sources:
+    """As `find_sources`, for files that are to be written into one whole transformer of any kind, run here or not.
+
+    Files at strength 0 change nothing, so the plan they carry is left aside.
+    Raises `T3Error` where `base` is no whole transformer whose numbers can be read, or a file does not fit it.
+    """
+    path = Path(base)
+    file = open_weights(path)
+    found = identify(file)
+    if file.container != "safetensors" and not found.problem:
+        raise T3Error(
+            f"BASE {path} is a {file.container.upper()} file, whose quantised tensors are not read here. Merge into "
+            "the bf16, fp16 or scaled-fp8 version of these weights and quantise the result, or load the GGUF file in "
+            "ComfyUI, where T3 LoRA Retrofit Loader puts the same weights on it."
+        )
+    if found.form not in ("full", "unknown") or found.component not in ("dit", "unknown"):
+        raise T3Error(
+            f"BASE {path} is a {found.component}, {found.form}; T3 weights and LoRAs are merged into a whole "
+            "transformer. An adapter is applied as it is, or merged as --t3-weights or --lora."
+        )
+    if found.problem:
+        raise T3Error(f"BASE: {found.problem}")
+    config = found.config
+    assert config is not None
+    tuned = tuple(_adapter(text, "--t3-weights", config, anywhere=True) for text in t3_weights)
+    others = tuple(_adapter(text, "--lora", config, anywhere=True) for text in loras)
+    carried: dict[str, Any] = carried_plan(_in_force(tuned), _in_force(others), [found.plan])
+    vae = {"z_dim": config["out_channels"]}
+    return Sources(found.model, config, vae, dits=(path,), t3_weights=tuned, loras=others, **carried)
+
+
+def _in_force(adapters: Sequence[Adapter]) -> list[Adapter]:
+    return [adapter for adapter in adapters if adapter.strength]
+
+
 def _finish(base: dict[str, Any], t3_weights: Sequence[str], loras: Sequence[str]) -> Sources:
     transformer, vae = base["transformer"], base["vae"]
     if transformer["out_channels"] != vae["z_dim"]:
@@ -312,7 +347,8 @@ def _identify(path: Path, component: str, option: str) -> Identity:
     return found
 
 
-def _adapter(text: str, option: str, transformer: dict[str, Any]) -> Adapter:
+def _adapter(text: str, option: str, transformer: dict[str, Any], *, anywhere: bool = False) -> Adapter:
+    """`anywhere`: for kinds of models that do not run here, too."""
     path, strength = _split_strength(text, option)
     file = open_weights(_existing(str(path), option))
     identity = identify(file)
@@ -321,7 +357,7 @@ def _adapter(text: str, option: str, transformer: dict[str, Any]) -> Adapter:
         raise T3Error(f"{option} {path} cannot be applied to a Wan transformer: {problem}")
     if identity.problem:
         raise T3Error(f"{option} {path}: {identity.problem}")
-    if identity.kind not in HEADLESS_KINDS:
+    if not anywhere and identity.kind not in HEADLESS_KINDS:
         raise T3Error(f"{option} {path} is for a {identity.model} model. {not_headless(identity.kind)}")
     width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
     if identity.width is not None and identity.width != width:

@@ -13,8 +13,10 @@ from weights_kinds import (
     KINDS,
     PLAIN,
     RELATIVES,
+    STRENGTHS,
     adapter,
     by_hand,
+    close,
     full_tensors,
     kind_state,
     loaded_state,
@@ -25,12 +27,8 @@ from t3.sources import find_sources
 from t3.weights import apply_weights, identify, load_transformer, open_weights
 from t3.weights.adapters import apply_piece
 
-STRENGTHS = (0.0, 1.0, -0.5, 1.5)
+MERGE = r"t3\.convert BASE --t3-weights FILE --lora FILE --out MERGED\.safetensors"  # the way out that refusals name
 FOUND_FORMS = {"lora default": "lora", "lora alpha": "lora", "lokr factored": "lokr", "mixed": "lora+diff"}
-
-
-def close(have, want):
-    torch.testing.assert_close(have.double(), want, rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -72,8 +70,10 @@ def test_whole_models(tmp_path, kind, dialect):
         assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
     else:
         takes = {"fun-control": "a control video", "fun-camera": "a camera path"}[kind]
-        with pytest.raises(T3Error, match=rf"is a wan-{kind} model. It takes {takes}.*use it in ComfyUI"):
+        with pytest.raises(T3Error, match=rf"is a wan-{kind} model. It takes {takes}.*use it in ComfyUI.*{MERGE}"):
             load_transformer(path, dtype=torch.float32)
+        with pytest.raises(T3Error, match=MERGE):
+            find_sources(dit=[str(path)], vae="any", text_encoder="any")
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_adapters_of_models_that_do_not_run_headless(tmp_path, kind):
     """Refused before anything is loaded, with where they do run."""
     tensors, _ = adapter(kind, "lora", "kohya")
     path = save(tmp_path / "a.safetensors", tensors)
-    with pytest.raises(T3Error, match=rf"--lora .*is for a wan-{kind} model.*use it in ComfyUI"):
+    with pytest.raises(T3Error, match=rf"--lora .*is for a wan-{kind} model.*use it in ComfyUI.*{MERGE}"):
         find_sources(loras=[str(path)])
 
 

@@ -23,6 +23,7 @@ RELATIVES = {
     "fun-camera": {**TINY_I2V, "in_channels": 32},
 }
 KINDS = {**PLAIN, **RELATIVES}
+STRENGTHS = (0.0, 1.0, -0.5, 1.5)
 HEADLESS = [*PLAIN, "vace"]  # kinds that diffusers has a class for
 # Modules that adapters of each kind change, beside those that every kind has.
 OWN_MODULES = {
@@ -223,3 +224,13 @@ def by_hand(state, deltas, strength):
         base = _f64(tensor)
         out[name] = torch.from_numpy(base + strength * deltas[name](base) if name in deltas else base)
     return out
+
+
+def close(have, want):
+    """Equal to float32 rounding of a few sums, for numbers of about 1."""
+    torch.testing.assert_close(have.double(), want, rtol=2e-6, atol=2e-6)
+
+
+def same_bits(have, want):
+    """The same names, and the same tensors under them."""
+    return have.keys() == want.keys() and all(torch.equal(have[name], want[name]) for name in want)

@@ -7,25 +7,28 @@ file leaves the model bit for bit as it was.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import T3Error
 from . import layout_dit
 from .adapter_file import AdapterFile, Piece, scale_of
-from .arithmetic import changed
+from .arithmetic import Shape, changed
 from .catalogue import transformer_name
 from .files import WeightFile
 from .fingerprint import fingerprint
 from .fit import check_fit, noun_of
-from .identity import Identity, some
+from .identity import some
 from .metadata import T3Metadata
 from .models import identify
 
 if TYPE_CHECKING:
     import torch
     from diffusers import WanTransformer3DModel
+
+
+Change = Callable[["torch.Tensor"], "torch.Tensor"]  # parameter -> result; both float32 (float64 for a float64 model)
 
 
 @dataclass
@@ -85,35 +88,56 @@ def apply_weights(transformer: WanTransformer3DModel, file: WeightFile, strength
     Raises:
         T3Error: a key has no target, a shape does not fit, a tensor is missing or not finite. Nothing is changed then.
     """
-    if not math.isfinite(strength):
-        raise T3Error(f"Strength {strength} is no finite number; 1 is the usual value.")
     targets = _targets(transformer)
-    found = identify(file)
-    check_fit(file, found, {name: tuple(parameter.shape) for name, parameter in targets.items()})
-    if found.adapter:
-        changes = _adapter_changes(file, found.adapter, strength)
-    else:
-        changes = {name: _towards(file, found.names[name], strength) for name in targets}
-    report = ApplyReport(found.form, found.dialect, len(found.matched), list(changes), found.unused, found.t3, strength)
-    report.notes = [*(found.adapter.notes if found.adapter else []), *_other_base(transformer, found, targets)]
-    _check_results(file, targets, changes)
-    if strength == 0:
-        report.changed = []
-    else:
+    changes, report = read_changes(file, {name: tuple(param.shape) for name, param in targets.items()}, strength)
+    report.notes += other_base(report, transformer.config, targets, targets.__getitem__)
+    # Every result is computed once to see that it is finite, and none kept; `_store` computes them again: twice the
+    # arithmetic instead of a second copy of the model.
+    for name, change in changes.items():
+        checked_result(file, name, targets[name], change)
+    if strength != 0:
         _store(targets, changes)
     return report
 
 
-def _other_base(transformer: Any, found: Identity, targets: dict[str, torch.nn.Parameter]) -> list[str]:
-    """A warning when the file says that it belongs on other weights than the loaded ones."""
-    if found.t3.base is None or found.form == "full":
+def read_changes(
+    file: WeightFile, shapes: Mapping[str, Shape], strength: float
+) -> tuple[dict[str, Change], ApplyReport]:
+    """What a file does to a model: canonical parameter name -> change, and the report. No tensor is read yet.
+
+    Args:
+        file, strength: as for `apply_weights`.
+        shapes: canonical parameter name -> shape, of the whole model.
+
+    Raises:
+        T3Error: the strength is no finite number, or the file does not fit the model.
+    """
+    if not math.isfinite(strength):
+        raise T3Error(f"Strength {strength} is no finite number; 1 is the usual value.")
+    found = identify(file)
+    check_fit(file, found, shapes)
+    if found.adapter:
+        changes = _adapter_changes(file, found.adapter, strength)
+    else:
+        changes = {name: _towards(file, found.names[name], strength) for name in shapes}
+    report = ApplyReport(found.form, found.dialect, len(found.matched), [], found.unused, found.t3, strength)
+    report.changed = [] if strength == 0 else list(changes)
+    report.notes = list(found.adapter.notes) if found.adapter else []
+    return changes, report
+
+
+def other_base(
+    report: ApplyReport, config: Mapping[str, Any], names: Iterable[str], read: Callable[[str], torch.Tensor]
+) -> list[str]:
+    """A warning when a file says that it belongs on other weights than those of this config that `read` gives."""
+    base = report.t3.base
+    if base is None or report.form == "full":
         return []
-    loaded = fingerprint(transformer_name(dict(transformer.config)), targets, targets.__getitem__)
-    if loaded is None or found.t3.base.fits(loaded):
+    loaded = fingerprint(transformer_name(dict(config)), names, read)
+    if loaded is None or base.fits(loaded):
         return []
     return [
-        f"WARNING: made for another base ({found.t3.base.describe()}) than the one loaded ({loaded.describe()}); "
-        "expect noise"
+        f"WARNING: made for another base ({base.describe()}) than the one loaded ({loaded.describe()}); expect noise"
     ]
 
 
@@ -134,10 +158,7 @@ def _targets(transformer: Any) -> dict[str, torch.nn.Parameter]:
     return targets
 
 
-_Change = Callable[["torch.Tensor"], "torch.Tensor"]  # parameter -> result; both float32 (float64 for a float64 model)
-
-
-def _towards(file: WeightFile, key: str, strength: float) -> _Change:
+def _towards(file: WeightFile, key: str, strength: float) -> Change:
     def change(base: torch.Tensor) -> torch.Tensor:
         tuned = file.read(key).to(device=base.device, dtype=base.dtype)
         return changed("set", {"set": tuned}, base, strength=strength)
@@ -145,12 +166,12 @@ def _towards(file: WeightFile, key: str, strength: float) -> _Change:
     return change
 
 
-def _adapter_changes(file: WeightFile, adapter: AdapterFile, strength: float) -> dict[str, _Change]:
+def _adapter_changes(file: WeightFile, adapter: AdapterFile, strength: float) -> dict[str, Change]:
     by_target: dict[str, list[Piece]] = {}
     for piece in adapter.pieces:
         by_target.setdefault(piece.target, []).append(piece)
 
-    def applying(pieces: list[Piece]) -> _Change:
+    def applying(pieces: list[Piece]) -> Change:
         def change(base: torch.Tensor) -> torch.Tensor:
             for piece in pieces:
                 base = apply_piece(file, piece, base, strength)
@@ -167,7 +188,7 @@ def apply_piece(file: WeightFile, piece: Piece, base: torch.Tensor, strength: fl
     return changed(piece.kind, parts, base, scale=scale_of(file, piece), strength=strength)
 
 
-def _result(parameter: torch.nn.Parameter, change: _Change) -> torch.Tensor:
+def _result(parameter: torch.Tensor, change: Change) -> torch.Tensor:
     import torch
 
     exact = torch.float64 if parameter.dtype == torch.float64 else torch.float32
@@ -175,22 +196,23 @@ def _result(parameter: torch.nn.Parameter, change: _Change) -> torch.Tensor:
         return change(parameter.detach().to(exact)).to(parameter.dtype)
 
 
-def _check_results(file: WeightFile, targets: dict[str, torch.nn.Parameter], changes: dict[str, _Change]) -> None:
-    """Compute every result once to see that it is finite, and keep none.
+def checked_result(file: WeightFile, name: str, parameter: torch.Tensor, change: Change) -> torch.Tensor:
+    """A parameter after a change of `read_changes`, summed in float32 and rounded to the parameter's dtype once.
 
-    `_store` computes them again: twice the arithmetic instead of a second copy of the model.
+    Raises T3Error when a number of it is not finite.
     """
     import torch
 
-    for name, change in changes.items():
-        if not torch.isfinite(_result(targets[name], change).float()).all():
-            raise T3Error(
-                f"{file.path}: the result for {name!r} is not finite (NaN, infinite, or too large for "
-                f"{targets[name].dtype}). The file is damaged or the strength too high; nothing was changed."
-            )
+    result = _result(parameter, change)
+    if not torch.isfinite(result.float()).all():
+        raise T3Error(
+            f"{file.path}: the result for {name!r} is not finite (NaN, infinite, or too large for "
+            f"{parameter.dtype}). The file is damaged or the strength too high; nothing was changed."
+        )
+    return result
 
 
-def _store(targets: dict[str, torch.nn.Parameter], changes: dict[str, _Change]) -> None:
+def _store(targets: dict[str, torch.nn.Parameter], changes: dict[str, Change]) -> None:
     import torch
 
     with torch.no_grad():

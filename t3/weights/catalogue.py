@@ -96,10 +96,14 @@ def kind_of(config: dict[str, Any]) -> str:
 
 
 def not_headless(kind: str) -> str:
-    """Why a kind of model is none of `HEADLESS_KINDS`, and where it runs."""
+    """Why a kind of model is none of `HEADLESS_KINDS`, where it runs, and what can be done with it headless."""
     takes = {"fun-control": "a control video", "fun-camera": "a camera path"}.get(kind)
     why = f"It takes {takes}, which the headless engine has no way to give" if takes else "It does not run headless"
-    return f"{why}; use it in ComfyUI, where T3's nodes run it and put T3 weights and LoRAs on it."
+    return (
+        f"{why}; use it in ComfyUI, where T3's nodes run it and put T3 weights and LoRAs on it. To have them in one "
+        "file, merge them (python -m t3.convert BASE --t3-weights FILE --lora FILE --out MERGED.safetensors) and open "
+        "the merged file in ComfyUI."
+    )
 
 
 def transformer_name(config: dict[str, Any]) -> str:

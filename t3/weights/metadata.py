@@ -27,6 +27,7 @@ from .fingerprint import Fingerprint
 VERSION = 1
 PREFIX = "t3."
 PLAN_KEY = "t3.plan"
+KEYS = ("t3.version", PLAN_KEY, "t3.grid", "t3.base", "t3.rank", "t3.writer")
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,7 @@ def read_metadata(header: Mapping[str, str], where: str | Path) -> T3Metadata:
     Raises:
         T3Error: an entry cannot be read. Nothing is guessed: a plan that is wrong would give noise.
     """
-    known = ("t3.version", PLAN_KEY, "t3.grid", "t3.base", "t3.rank", "t3.writer")
-    others = tuple(sorted(key for key in header if key.startswith(PREFIX) and key not in known))
+    others = tuple(sorted(key for key in header if key.startswith(PREFIX) and key not in KEYS))
 
     def read(key: str, parse: Any) -> Any:
         if key not in header:

@@ -6,7 +6,6 @@ into the tensors where there is no place for it, and a LoRA's bias becomes a `di
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from collections.abc import Iterable, Sequence
@@ -20,7 +19,7 @@ from .files import WeightFile
 from .header import ITEM_BITS
 from .identity import Identity
 from .peft_settings import SETTINGS_KEY
-from .scales import is_companion
+from .scales import is_companion, rename_layers
 from .spelling import Dialect, full_names
 from .write import TORCH_TYPES, Entry, tensor_bytes
 
@@ -31,7 +30,6 @@ _UNREAD = {
     **dict.fromkeys(("diffusers", "peft", "diffsynth"), ".diff and .diff_b"),
     "kohya": "tables that belong to no layer",
 }
-_QUANTISED_LAYERS = "_quantization_metadata"  # ComfyUI's list of quantised layers, by name
 
 
 @dataclass
@@ -71,15 +69,15 @@ def _respell_full(file: WeightFile, found: Identity, dialect: Dialect) -> Respel
     renamed = {found.names[canonical]: name for canonical, name in names.items()}
     prefix = dialect.full_prefix or "" if found.component == DIT else ""
     same_names = all(old == new for old, new in renamed.items())
-    out = Respelled([], dict(file.metadata))
+    out = Respelled([], {})
     for key in file:
         new = renamed.get(key) or (key if same_names else _companion(file, key, renamed, prefix))
         if new is None:
             out.dropped.append(key)
         else:
             out.entries.append(_as_it_is(file, key, new))
-    if _QUANTISED_LAYERS in out.metadata:
-        out.metadata[_QUANTISED_LAYERS] = _renamed_layers(file, renamed)
+    layers = {old.removesuffix(".weight"): new.removesuffix(".weight") for old, new in renamed.items()}
+    out.metadata = rename_layers(file, lambda stem: layers.get(stem, stem))
     return out
 
 
@@ -92,18 +90,6 @@ def _companion(file: WeightFile, key: str, renamed: dict[str, str], prefix: str)
         return prefix + last
     weight = renamed.get(f"{stem}.weight")
     return weight and f"{weight.removesuffix('.weight')}.{last}"
-
-
-def _renamed_layers(file: WeightFile, renamed: dict[str, str]) -> str:
-    try:
-        content = json.loads(file.metadata[_QUANTISED_LAYERS])
-        layers = {
-            renamed.get(f"{stem}.weight", f"{stem}.weight").removesuffix(".weight"): value
-            for stem, value in content["layers"].items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise T3Error(f"{file.path}: its metadata entry `{_QUANTISED_LAYERS}` cannot be read.") from error
-    return json.dumps({**content, "layers": layers})
 
 
 def _respell_adapter(file: WeightFile, adapter: AdapterFile, dialect: Dialect) -> Respelled:
@@ -186,6 +172,11 @@ def _magnitude(file: WeightFile, piece: Piece, key: str, module: str, dialect: D
         axes = max(2, max(len(file.shape(other)) for other in piece.keys.values()))
         shape = (shape[0], *[1] * (axes - 1))
     return _as_it_is(file, key, f"{module}.dora_scale", shape)
+
+
+def as_it_is(file: WeightFile) -> list[Entry]:
+    """The content of a file under the names it has."""
+    return [_as_it_is(file, key, key) for key in file]
 
 
 def _as_it_is(file: WeightFile, key: str, name: str, shape: tuple[int, ...] | None = None) -> Entry:

@@ -7,6 +7,7 @@ Two spellings are in use (facts from ComfyUI 0.30's loader): `X.scale_weight` wi
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import T3Error
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 WEIGHT_SCALES = ("scale_weight", "weight_scale")
 OTHER_COMPANIONS = ("scale_input", "input_scale", "comfy_quant", "weight_scale_2", "pre_quant_scale")
+QUANTISED_LAYERS = "_quantization_metadata"  # ComfyUI's list of quantised layers, by name
 READABLE_FORMATS = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
 
 
@@ -43,10 +45,26 @@ def _declared_format(file: WeightFile, key: str) -> str | None:
         if f"{stem}.comfy_quant" in file:
             layer: Any = json.loads(bytes(file.read_raw(f"{stem}.comfy_quant").tolist()))
         else:
-            layer = json.loads(file.metadata.get("_quantization_metadata", "{}")).get("layers", {}).get(stem)
+            layer = json.loads(file.metadata.get(QUANTISED_LAYERS, "{}")).get("layers", {}).get(stem)
         return None if layer is None else str(layer["format"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise T3Error(f"{file.path}: the quantisation note of {key!r} cannot be read.") from error
+
+
+def rename_layers(file: WeightFile, rename: Callable[[str], str | None]) -> dict[str, str]:
+    """A file's metadata, with the layers that ComfyUI's list of quantised ones names renamed; None takes one out.
+
+    Raises T3Error when the list cannot be read.
+    """
+    if QUANTISED_LAYERS not in file.metadata:
+        return dict(file.metadata)
+    try:
+        content = json.loads(file.metadata[QUANTISED_LAYERS])
+        layers = {new: value for stem, value in content["layers"].items() if (new := rename(stem)) is not None}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise T3Error(f"{file.path}: its metadata entry `{QUANTISED_LAYERS}` cannot be read.") from error
+    kept = {key: value for key, value in file.metadata.items() if key != QUANTISED_LAYERS}
+    return {**kept, QUANTISED_LAYERS: json.dumps({**content, "layers": layers})} if layers else kept
 
 
 def unscale(file: WeightFile, key: str, weight: torch.Tensor, scale_key: str) -> torch.Tensor:
