@@ -96,15 +96,26 @@ def test_on_a_measured_card_the_window_decides(machine, timer):
     machine["missing"] = set()
     backend, why = choose("auto", on_card(32_640))
     assert backend.name == "flash-attn-4"
-    assert "measured on this kind of card, 21 x 32,640 tokens, 12 heads: flash-attn-4 204 ms, sdpa-cudnn 212 ms" in why
-    # 1.5 % apart is nothing.
-    backend, why = choose("auto", on_card(1_680))
-    assert backend.name == "sdpa-cudnn" and "times within 3% count as equal" in why
+    assert "measured on this kind of card, 21 x 32,640 tokens, 12 heads: flash-attn-4 197 ms, sdpa-cudnn 214 ms" in why
     # In between: the same power of two, the nearest of them.
     assert "2,142 tokens" in choose("auto", on_card(2_500))[1]
-    layers = (32_640, 32_640, 1_344, 2_142)
-    assert choose("auto", on_card(*layers))[0].name == "flash-attn-4"
-    assert choose("auto", on_card(*layers, *[1_344] * 100))[0].name == "sdpa-cudnn"
+    assert not timer.calls
+
+
+def test_all_windows_of_a_plan_decide_together_and_near_times_are_equal(machine, timer):
+    machine["missing"] = set()
+    times = {32_640: (11.0, 10.0), 2_048: (10.15, 10.0), 512: (10.0, 11.0)}
+    own_times = [
+        entry(window, {"sdpa-cudnn": cudnn, "flash-attn-4": flash}, card=H100, windows=1)
+        for window, (cudnn, flash) in times.items()
+    ]
+    table.save(own_times, table.cache_file())
+    assert choose("auto", on_card(32_640))[0].name == "flash-attn-4"
+    # 1.5 % apart is nothing.
+    backend, why = choose("auto", on_card(2_048))
+    assert backend.name == "sdpa-cudnn" and "times within 3% count as equal" in why
+    assert choose("auto", on_card(32_640, 32_640, 512))[0].name == "sdpa-cudnn"
+    assert choose("auto", on_card(*[32_640] * 200, 512))[0].name == "flash-attn-4"
     assert not timer.calls
 
 
