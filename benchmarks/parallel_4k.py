@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 2 benchmarks/parallel_4k.py --out results.json
 
-Models of the real sizes with random weights; the same run measures one GPU alone, what the ranks' results differ from
-its, and a rank's work without any exchange. Every row is written as soon as it is there. `--tiny` tries all of it on a
-CPU.
+Models of the real sizes with random weights; the same run measures one GPU alone, and what the ranks' results differ
+from its. Every row is written as soon as it is there. `--tiny` tries all of it on a CPU. `parallel_profile.py` tells
+where the time goes.
 """
 
 from __future__ import annotations
@@ -49,7 +49,10 @@ def main() -> int:
     parser.add_argument("--size", default="4k")
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each row, after one that is not counted")
-    parser.add_argument("--groups", type=int, nargs="+", default=[2, 3, 6], help="groups of heads on their way")
+    parser.add_argument("--parts", type=int, nargs="+", default=[1, 2, 4], help="runs of tokens on their way")
+    parser.add_argument(
+        "--groups", type=int, nargs="*", default=[2, 6], help="groups of heads, as if memory were short"
+    )
     parser.add_argument("--memory", default="auto", help="as for install_t3: auto, fast, lean")
     parser.add_argument("--out", type=Path, help="JSON; a file that is there is written over")
     parser.add_argument("--tiny", action="store_true", help="small models on the CPU")
@@ -126,18 +129,12 @@ class Bench:
             undo = self._spread(model, team)
             about = {**common, "case": "sequence", "split": asdict(split)}
             usual = _spread_of(model)
-            ways = [replace(usual, overlap=False, groups=1), replace(usual, overlap=False)]
-            ways += [replace(usual, packed=False)]
-            ways += [replace(usual, groups=groups) for groups in args.groups]
+            ways = [replace(usual, parts=parts) for parts in args.parts]
+            ways += [replace(usual, parts=1, groups=groups) for groups in args.groups]
             for spread in ways:
                 _set_spread(model, spread)
-                row = {**about, "overlap": spread.overlap, "groups": spread.groups, "packed": spread.packed}
-                self.row(row, alone, expected)
+                self.row({**about, "parts": spread.parts, "groups": spread.groups}, alone, expected)
             _set_spread(model, usual)
-            note = "a rank's work with nothing sent; the result means nothing"
-            way = {"overlap": True, "groups": usual.groups, "packed": True}
-            with _no_exchange():
-                self.row({**about, "case": "no exchange", **way, "note": note}, alone)
             for step in reversed(undo):
                 step()
             self.exchange({**common, "split": asdict(split)}, transformer, usual, grid.tokens)
@@ -152,28 +149,31 @@ class Bench:
         return [lambda: _set_spread(model, None), spreading.remove]
 
     def exchange(self, about: dict[str, Any], transformer: Transformer, spread: Spread, tokens: int) -> None:
-        """Rows of one layer's all-to-alls alone, of all heads at once: of q (k and v are alike), and back."""
+        """Rows of what one layer sends, alone and of all heads at once: one tensor, as the result that goes back, and
+        three, as q, k and v; and one by torch's all-to-all, which sends a rank's own to itself as well."""
         shares, heads = spread.shares(tokens), transformer.shape.heads
-        own, width = shares[spread.rank], transformer.shape.dim
+        own, width, ranks = shares[spread.rank], transformer.shape.dim, range(spread.size)
         options = {"device": self.device, "dtype": transformer.dtype}
-        one = torch.randn(1, own, spread.size, width // spread.size, **options)
-        other = torch.randn(1, tokens, width // spread.size, **options)
-        sent = one.numel() * one.element_size() * (spread.size - 1) // spread.size
-        about = {**about, "heads": heads, "bytes_sent": sent}
-        for case, work in (
-            ("exchange to heads", lambda: sequence._to_heads(one, spread, shares).wait()),
-            ("exchange to tokens", lambda: sequence._to_tokens(other, spread, shares).wait()),
-        ):
-            self.row({**about, "case": case, "note": "one tensor of one layer, packing included"}, work)
-        packed = one[0].transpose(0, 1).flatten(0, 1).contiguous()
-        result = torch.empty_like(other[0])
-        bare = replace(spread, overlap=False)
+        packed = torch.randn(3, spread.size, own, width // spread.size, **options)
+        received = torch.empty(3, tokens, width // spread.size, **options)
+        sent = packed[0].numel() * packed.element_size() * (spread.size - 1) // spread.size
+        about = {**about, "heads": heads}
+        for count in (1, 3):
+            give = [[x[rank] for x in packed[:count]] for rank in ranks]
+            take = [[x.split(shares)[rank] for x in received[:count]] for rank in ranks]
 
-        def bare_exchange() -> torch.Tensor:
-            sequence._all_to_all(result, packed, shares, [own] * spread.size, bare)
-            return result
+            def swap(give: Any = give, take: Any = take) -> torch.Tensor:
+                sequence._wait(sequence._swap(give, take, spread))
+                return received
 
-        self.row({**about, "case": "all-to-all", "note": "one tensor of one layer, nothing else"}, bare_exchange)
+            self.row({**about, "bytes_sent": count * sent, "case": "exchange", "tensors": count}, swap)
+
+        def all_to_all() -> torch.Tensor:
+            sizes = [own] * spread.size
+            torch.distributed.all_to_all_single(received[0], packed[0].flatten(0, 1), shares, sizes, group=spread.group)
+            return received
+
+        self.row({**about, "bytes_sent": sent, "case": "all-to-all", "tensors": 1}, all_to_all)
 
     def row(
         self,
@@ -201,7 +201,7 @@ class Bench:
             if "differs" in everyone[0]:
                 row["differs"] = {key: max(other["differs"][key] for other in everyone) for key in ("rms", "largest")}
             base = next((r for r in self.result["rows"] if r["model"] == row["model"] and r["case"] == "alone"), None)
-            if base and "seconds" in base and row["case"] in ("sequence", "guidance", "no exchange"):
+            if base and "seconds" in base and row["case"] in ("sequence", "guidance"):
                 row["speed_up"] = passes * base["seconds"] / row["seconds"]
             if "bytes_sent" in row:
                 row["gb_per_s"] = row["bytes_sent"] / row["seconds"] / 1e9
@@ -271,22 +271,6 @@ def _set_spread(model: Any, spread: Spread | None) -> None:
         processor.spread = spread
 
 
-class _Nothing:
-    def wait(self) -> None:
-        """There is nothing to wait for."""
-
-
-class _no_exchange:
-    """Within, all-to-alls send nothing: what is received is whatever lay there."""
-
-    def __enter__(self) -> None:
-        self.former = sequence._all_to_all
-        sequence._all_to_all = lambda *_: _Nothing()
-
-    def __exit__(self, *_: object) -> None:
-        sequence._all_to_all = self.former
-
-
 def _differs(out: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
     """Root of the mean square and largest of the difference, as parts of those of what is expected."""
     a, b = out.double(), expected.double()
@@ -316,8 +300,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def _way(row: dict[str, Any]) -> str:
-    text = f"{row['groups']} groups " + ("while attending" if row["overlap"] else "in turn")
-    return text + ("" if row["packed"] else ", packed by a pass of its own")
+    return f"tokens in {row['parts']}, heads in {row['groups']}"
 
 
 def table(result: dict[str, Any]) -> str:
@@ -334,7 +317,7 @@ def table(result: dict[str, Any]) -> str:
         if "groups" in row:
             how = _way(row)
         if "gb_per_s" in row:
-            how = f"{row['bytes_sent'] / 1e9:.3g} GB, {row['gb_per_s']:.4g} GB/s"
+            how = f"{row['tensors']} tensors, {row['bytes_sent'] / 1e9:.3g} GB, {row['gb_per_s']:.4g} GB/s"
         seconds = "failed" if "failed" in row else f"{row['seconds']:.4g}"
         speed = f"{row['speed_up']:.2f}" if "speed_up" in row else ""
         peak = f"{max(row['peak_bytes']) / GIB:.1f}" if any(row.get("peak_bytes", [])) else ""

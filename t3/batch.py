@@ -30,7 +30,8 @@ class Batch:
         self._since = time.time() if args.overwrite else None
 
     def of_team(self, team: Team) -> Generator[Job, None, None]:
-        """The jobs of this team, on all its ranks: its leader claims each when the one before is done.
+        """The jobs of this team, on all its ranks: its leader claims each when the one before is done. What others
+        have in hand is waited for: at the end every job was this team's or is finished.
 
         To be closed if it is not exhausted: that gives the last claim back.
         """

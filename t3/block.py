@@ -7,7 +7,7 @@ them. The sums are those of the plain block. Hosts say what is computed for some
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -122,7 +122,7 @@ def attend(p: Projections, windows: Windows, share: Share, chunks: Sequence[slic
     return out
 
 
-def by_chunks(out: torch.Tensor, chunks: Sequence[slice], work: Callable[[slice, torch.Tensor], None]) -> torch.Tensor:
+def by_chunks(out: torch.Tensor, chunks: Iterable[slice], work: Callable[[slice, torch.Tensor], None]) -> torch.Tensor:
     """`work(rows, slot)` for each chunk: `slot`, `[B, n, dim]` and contiguous, holds these tokens of `out` and is
     written over. Returns `out`."""
     for rows in chunks:

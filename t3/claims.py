@@ -26,6 +26,8 @@ from .files import remove_partial
 
 STALE_SECONDS = 600.0
 _BEAT_SECONDS = 30.0
+# Between two looks at what others hold: more and more, since all who wait look into one folder.
+LOOK_SECONDS, MOST_LOOK_SECONDS = 1.0, 15.0
 _GONE = "which is gone"
 # A clock that is set while a process runs moves the time at which the system says it was born.
 _SAME_BIRTH = 5.0
@@ -118,7 +120,8 @@ def take(output: Path, *, stale: float = STALE_SECONDS, tell: Callable[[str], ob
 class Shared(Generic[_Job]):
     """Jobs of a list that other processes work through too: iterate over those that are this one's, with their claims.
 
-    done: how many others finished meanwhile. elsewhere: those that others were at work on when none was left to take.
+    It ends when every job is finished or was this one's: where none is left to take it waits for those that others are
+    at work on, says so, and takes what they drop. done: how many others finished. elsewhere: those that are left.
     """
 
     def __init__(
@@ -128,16 +131,18 @@ class Shared(Generic[_Job]):
         finished: Callable[[_Job], bool],
         *,
         stale: float = STALE_SECONDS,
+        look: float = LOOK_SECONDS,
         tell: Callable[[str], object] = say,
     ) -> None:
-        """output: what of a job is claimed. finished: whether all that it makes is on disk."""
+        """output: what of a job is claimed. finished: whether all that it makes is on disk. look: seconds between two
+        looks at what others hold, at first."""
         self.done, self.elsewhere = 0, list(jobs)
         self._output, self._finished, self._stale, self._tell = output, finished, stale, tell
+        self._look = look
 
     def __iter__(self) -> Iterator[tuple[_Job, Claim]]:
-        took = True
-        # What others gave back, because it failed there or they ended, is taken in the next round.
-        while took and self.elsewhere:
+        pause, told = self._look, 0
+        while self.elsewhere:
             took = False
             for job in list(self.elsewhere):
                 if self._is_done(job):
@@ -152,6 +157,20 @@ class Shared(Generic[_Job]):
                 self.elsewhere.remove(job)
                 took = True
                 yield job, claim
+            if took:
+                pause, told = self._look, 0
+            elif self.elsewhere:
+                if len(self.elsewhere) != told:
+                    told = len(self.elsewhere)
+                    self._tell(self._waiting())
+                time.sleep(pause)
+                pause = min(2 * pause, MOST_LOOK_SECONDS)
+
+    def _waiting(self) -> str:
+        names = [self._output(job).name for job in self.elsewhere]
+        others = "another process" if len(names) == 1 else "other processes"
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        return f"waiting    for {', '.join(names[:5])}{more}, in the hands of {others}"
 
     def _is_done(self, job: _Job) -> bool:
         if not self._finished(job):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +101,7 @@ class BlockByChunks:
 
         ours = self.attention(block.attn1)
         projections = None if ours is None else _projections(block.attn1, x, normed, rotary)
+        arriving: Iterable[slice] = chunks
         if ours is None or projections is None:
             update = block.attn1(normed(slice(0, x.shape[1])), None, None, rotary)
             out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -111,7 +112,7 @@ class BlockByChunks:
             else:
                 from .parallel.sequence import attend_projections
 
-                out = attend_projections(projections, windows, spread, share.heads, chunks)
+                out, arriving = attend_projections(projections, windows, spread, share.heads, chunks)
             update = None
         del projections
         up, down = block.ffn.net[0].proj, block.ffn.net[2]
@@ -131,7 +132,7 @@ class BlockByChunks:
             del y
             add_(slot, feed_forward(between, up, down), last_gate)
 
-        return by_chunks(out, chunks, rest)
+        return by_chunks(out, arriving, rest)
 
 
 def _modulation(table: torch.Tensor, temb: torch.Tensor, tokens: int, rows: slice | None) -> tuple[torch.Tensor, ...]:

@@ -91,7 +91,11 @@ def build_parser() -> argparse.ArgumentParser:
     clip = parser.add_argument_group("clip")
     clip.add_argument("--prompt", help="what to show")
     clip.add_argument("--negative-prompt", help="what to avoid (default: Wan's own)")
-    clip.add_argument("--prompts", metavar="FILE", help="many prompts: a line each, JSON or JSON lines; resumes")
+    clip.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="many prompts: a line each, JSON or JSON lines; resumes; processes with the same list share it",
+    )
     clip.add_argument("--shard", type=_shard, metavar="I/N", help="this process's share of --prompts, e.g. 0/4")
     clip.add_argument("--image", type=Path, help="image to start from")
     clip.add_argument("--last-image", type=Path, help="image to end in (first-and-last-frame models)")
@@ -315,7 +319,7 @@ def _sample_all(
     clips, elsewhere = batch.outcome([clip for rank in ranks for clip in rank.pop("clips")])
     failed = [clip for clip in clips if clip["status"] != "done"]
     result.update(
-        ok=not failed,
+        ok=not failed and not elsewhere,
         elsewhere=elsewhere,
         clips=clips,
         device=str(engine.device),
@@ -329,6 +333,7 @@ def _sample_all(
         if clip["status"] == "done" and "by" not in clip:
             world.say(f"wrote      {clip.get('out') or clip['latents']}")
     if elsewhere:
+        # All are waited for, unless this process gave up before.
         world.say(f"elsewhere  {len(elsewhere)} clips are in the hands of other processes: {', '.join(elsewhere[:10])}")
     world.say("seconds    " + ", ".join(f"{name} {value:.1f}" for name, value in watch.seconds.items()))
     _print_result(result, args, world)

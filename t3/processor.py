@@ -246,13 +246,17 @@ def _share(
         ways = shares(shape.heads, parts=False)
     size = {"batch": latents.shape[0], "element": latents.element_size()}
 
+    block = shape.block(tokens, **size)
+
+    def more(share: Share) -> int:
+        return 0 if spread is None else spread.more_bytes(block.tensor, shape.heads, share.heads)
+
     def needed(share: Share) -> int:
-        return activation_bytes(shape, tokens, **size, share=share)
+        return activation_bytes(shape, tokens, **size, share=share) + more(share)
 
     if isinstance(memory, int):
-        beside = 2 * latents.shape[0] * tokens * shape.dim * latents.element_size()
-        block = shape.block(tokens, **size)
-        share = next((way for way in ways if block_bytes(block, way) - beside <= memory), ways[-1])
+        beside = 2 * block.tensor
+        share = next((way for way in ways if block_bytes(block, way) + more(way) - beside <= memory), ways[-1])
         return share, f"{share}, for {memory / GIB:.3g} GiB of attention."
     free = free_bytes(latents.device)
     if free is None:

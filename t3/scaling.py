@@ -1,7 +1,7 @@
 """How long a clip takes on many GPUs, before it is tried: bytes moved, time, cost, queues. Pure Python, no torch.
 
-A model of times, not a measurement: compute is shared evenly, what is sent takes bytes over bandwidth, nothing else
-costs. `docs/scaling.md` puts what was measured beside it.
+A model of times, not a measurement: compute is shared evenly, what is sent takes bytes over bandwidth and is waited
+for, and what else two ranks were seen to take is shared evenly too. `docs/scaling.md` puts what was measured beside it.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 # Of one layer: queries, keys and values to the ranks that attend their heads, and the result back.
 EXCHANGES = 4
-_INWARD = 3
 
 
 @dataclass(frozen=True)
 class Model:
-    """A transformer at a size: of one prediction on one GPU, `forward` seconds in all and `attention` seconds a layer
-    (attention inside windows, which needs all tokens of a head). latent_bytes: of a prediction."""
+    """A transformer at a size: `forward` seconds of one prediction on one GPU. latent_bytes: of a prediction. beside:
+    seconds of a prediction that ranks spend together on what is neither computed by one nor sent: packing and grouping,
+    each other's delays; see `beside`."""
 
     name: str
     layers: int
@@ -25,9 +25,9 @@ class Model:
     heads: int
     tokens: int
     forward: float
-    attention: float
     latent_bytes: int
     element: int = 2
+    beside: float = 0.0
 
     @property
     def layer(self) -> float:
@@ -50,27 +50,26 @@ def layer_bytes(model: Model, ranks: int) -> float:
     return EXCHANGES * tensor_bytes(model, ranks)
 
 
-def exposed(model: Model, ranks: int, bytes_per_second: float, groups: int = 1) -> float:
-    """Seconds of one layer in which a rank waits for what is sent, where heads go in `groups` (1: nothing overlaps).
-
-    The first group's way in and the last one's way out are never hidden; the rest is, as far as attention lasts.
-    """
-    sent = layer_bytes(model, ranks) / bytes_per_second
-    groups = max(1, min(groups, model.heads // ranks))
-    rest = (groups - 1) / groups
-    return sent / groups + max(0.0, rest * (sent - model.attention / ranks))
+def sending(model: Model, ranks: int, bytes_per_second: float) -> float:
+    """Seconds of one prediction in which a rank waits for what is sent: all of it, since nothing is hidden."""
+    return model.layers * layer_bytes(model, ranks) / bytes_per_second
 
 
-def forward(model: Model, ranks: int, bytes_per_second: float, groups: int = 1) -> float:
+def forward(model: Model, ranks: int, bytes_per_second: float) -> float:
     """Seconds of one prediction whose tokens so many ranks share."""
     if ranks == 1:
         return model.forward
-    return model.forward / ranks + model.layers * exposed(model, ranks, bytes_per_second, groups)
+    return (model.forward + model.beside) / ranks + sending(model, ranks, bytes_per_second)
 
 
-def step(model: Model, guidance: int, sequence: int, bytes_per_second: float, groups: int = 1) -> float:
+def beside(model: Model, ranks: int, seconds: float, bytes_per_second: float) -> float:
+    """`Model.beside` from the `seconds` that a prediction over so many ranks took. Never negative."""
+    return max(0.0, ranks * (seconds - sending(model, ranks, bytes_per_second)) - model.forward)
+
+
+def step(model: Model, guidance: int, sequence: int, bytes_per_second: float) -> float:
     """Seconds of one step with guidance: two predictions, one after the other or, with guidance 2, at once."""
-    one = forward(model, sequence, bytes_per_second, groups)
+    one = forward(model, sequence, bytes_per_second)
     return 2 * one if guidance == 1 else one + model.latent_bytes / bytes_per_second
 
 

@@ -38,10 +38,10 @@ class Case:
     batch: int = 1
     dtype: torch.dtype = torch.float64
     by_chunks: bool = False
-    overlap: bool = True
-    packed: bool = True
-    groups: int = 3
+    groups: int = 1
+    parts: int = 1
     memory: object = "auto"
+    kernels: bool = False  # the way of our kernels, in plain torch
     more: dict = field(default_factory=dict)
 
 
@@ -49,11 +49,16 @@ EVEN, ODD = (2, 4, 6), (3, 5, 7)
 CASES = {
     "sequence": Case("1.3b", Split(1, 1, 2), EVEN),
     "sequence-odd": Case("1.3b", Split(1, 1, 2), ODD, batch=2),
-    "sequence-odd-in-turn": Case("1.3b", Split(1, 1, 2), ODD, overlap=False),
+    "sequence-odd-groups": Case("1.3b", Split(1, 1, 2), ODD, batch=2, groups=3),
+    "sequence-odd-parts": Case("1.3b", Split(1, 1, 2), ODD, batch=2, parts=4),
     "sequence-chunks": Case("1.3b", Split(1, 1, 2), ODD, batch=2, by_chunks=True),
-    "sequence-chunks-unpacked": Case("1.3b", Split(1, 1, 2), ODD, batch=2, by_chunks=True, packed=False),
-    "sequence-chunks-uneven-groups": Case("1.3b", Split(1, 1, 2), ODD, by_chunks=True, groups=4),
-    "sequence-chunks-in-turn": Case("1.3b", Split(1, 1, 2), EVEN, by_chunks=True, overlap=False),
+    "sequence-chunks-parts": Case("1.3b", Split(1, 1, 2), ODD, batch=2, by_chunks=True, parts=3),
+    "sequence-chunks-groups": Case("1.3b", Split(1, 1, 2), ODD, batch=2, by_chunks=True, groups=3),
+    # Six heads are not four groups but six, and parts are of one group alone.
+    "sequence-chunks-both": Case("1.3b", Split(1, 1, 2), EVEN, by_chunks=True, groups=4, parts=2),
+    "sequence-chunks-more-parts-than-tokens": Case("1.3b", Split(1, 1, 2), EVEN, by_chunks=True, parts=50),
+    "sequence-chunks-kernels": Case("1.3b", Split(1, 1, 2), ODD, batch=2, by_chunks=True, kernels=True),
+    "sequence-kernels": Case("1.3b", Split(1, 1, 2), EVEN, parts=2, kernels=True),
     "sequence-lean": Case("1.3b", Split(1, 1, 2), ODD, by_chunks=True, memory="lean"),
     "sequence-float32": Case("1.3b", Split(1, 1, 2), ODD, dtype=torch.float32, by_chunks=True),
     "sequence-5b": Case("5b", Split(1, 1, 2), ODD, by_chunks=True, more={"timesteps": True}),
@@ -63,10 +68,11 @@ CASES = {
     "guidance-5b": Case("5b", Split(1, 2, 1), EVEN, more={"timesteps": True}),
     "guidance-bfloat16": Case("1.3b", Split(1, 2, 1), ODD, dtype=torch.bfloat16),
     "data": Case("1.3b", Split(2, 1, 1), ODD),
-    "four-sequence": Case("1.3b", Split(1, 1, 4), ODD, by_chunks=True),
+    "four-sequence": Case("1.3b", Split(1, 1, 4), ODD, batch=2, by_chunks=True, parts=2),
     "four-guidance-sequence": Case("5b", Split(1, 2, 2), ODD, by_chunks=True),
     "four-data-sequence": Case("1.3b", Split(2, 1, 2), ODD),
     "four-data-guidance": Case("1.3b", Split(2, 2, 1), EVEN),
+    "eight": Case("1.3b", Split(2, 2, 2), ODD, by_chunks=True),
 }
 
 
@@ -122,7 +128,7 @@ def check(world: World, name: str, case: Case) -> None:
     model = build(case)
     spread = None
     if team.sequence is not None:
-        spread = Spread(team.sequence, team.part, case.split.sequence, case.overlap, case.groups, case.packed)
+        spread = Spread(team.sequence, team.part, case.split.sequence, case.groups, case.parts)
     said = []
     install_t3(model, PLAN, memory=case.memory, spread=spread, say=said.append)
     if spread is not None:
@@ -147,6 +153,7 @@ def check(world: World, name: str, case: Case) -> None:
 def main(names: list[str]) -> None:
     world = World.from_environment().start("cpu")
     usual = memory.CHUNK_BYTES, chunks.TILE, sequence.attend_projections
+    refusal = sequence.refusal
     calls: list[int] = []
 
     def counted(p, windows, spread, most, some):
@@ -157,6 +164,7 @@ def main(names: list[str]) -> None:
     for name in names:
         case = CASES[name]
         memory.CHUNK_BYTES, chunks.TILE = (96 * 8 * 20, 4) if case.by_chunks else usual[:2]
+        sequence.refusal = (lambda *x: None) if case.kernels else refusal
         calls.clear()
         check(world, name, case)
         assert bool(calls) == case.by_chunks and all(count > 1 for count in calls), calls

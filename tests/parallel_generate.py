@@ -1,4 +1,4 @@
-"""`t3.generate` on one rank, with a fault built in; run by `test_parallel_faults`.
+"""`t3.generate` on one rank, with a fault built in; run by `test_parallel_faults` and `parallel_faults`.
 
 Arguments: the fault, or "none"; its rank, or "all"; then those of `t3.generate`.
 """
@@ -92,13 +92,20 @@ def version() -> None:
     t3.__version__ = "0.0.0"
 
 
+def nccl() -> None:
+    """A torch without NCCL, as there is for Windows."""
+    import torch.distributed
+
+    torch.distributed.is_nccl_available = lambda: False
+
+
 def absent() -> None:
     sys.exit(0)
 
 
 def main(fault: str, rank: str, *arguments: str) -> int:
     if fault != "none" and (os.environ["RANK"] == rank or rank == "all"):
-        {f.__name__: f for f in (sampling, decode, writing, error, deaf, slow, version, absent)}[fault]()
+        {f.__name__: f for f in (sampling, decode, writing, error, deaf, slow, version, nccl, absent)}[fault]()
     if fault == "absent":
         start = world.World.start
         world.World.start = lambda self, device: start(self, device, join_seconds=3)

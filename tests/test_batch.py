@@ -133,6 +133,26 @@ def test_two_processes_make_each_clip_once_and_what_a_killed_one_left_is_made_la
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("made", [True, False])
+def test_all_is_on_disk_when_a_process_ends_well(tmp_path, tiny_model, made):
+    """Another process, this one, holds the second clip until the first is there; it makes it, or drops it."""
+    (tmp_path / "list.txt").write_text("one\ntwo\n")
+    clips = tmp_path / "clips"
+    held = take(clips / "0002-two.mp4")
+    process = generate(tmp_path, tiny_model)
+    assert any("waiting    for 0002-two.mp4" in line for line in process.stderr)
+    assert (clips / "0001-one.mp4").exists() and process.poll() is None
+    if made:
+        (clips / "0002-two.mp4").touch()
+    held.release()
+    out, _ = process.communicate(timeout=60)
+    result = json.loads(out)
+    assert process.returncode == 0 and result["ok"] and not result["elsewhere"]
+    assert ["by" in clip for clip in result["clips"]] == [False, made]
+    assert (clips / "0002-two.mp4").exists()
+
+
+@pytest.mark.slow
 def test_the_benchmark_runs_on_cpus(tmp_path):
     out = tmp_path / "rows.json"
     script = str(ROOT / "benchmarks/parallel_batch.py")

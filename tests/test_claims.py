@@ -151,15 +151,44 @@ def test_a_claim_is_touched_while_it_is_held(tmp_path, monkeypatch):
     assert not claim.path.exists()
 
 
-def test_what_others_finish_or_hold_is_counted(tmp_path):
-    for job in ("done", "held"):
-        foreign(tmp_path / job) if job == "held" else (tmp_path / job).touch()
-    shared = Shared(["done", "held", "free"], lambda job: tmp_path / job, lambda job: (tmp_path / job).exists())
+def test_what_others_hold_is_waited_for(tmp_path):
+    (tmp_path / "done").touch()
+    foreign(tmp_path / "held")
+    foreign(tmp_path / "dropped")
+    jobs, said = ["done", "held", "dropped", "free"], []
+
+    def tell(text):
+        said.append(text)
+        # They end while this one waits: one made its clip, and the other did not.
+        if "held" in text:
+            (tmp_path / "held").touch()
+        for job in ("held", "dropped"):
+            claim_path(tmp_path / job).unlink(missing_ok=True)
+
+    shared = Shared(jobs, lambda job: tmp_path / job, lambda job: (tmp_path / job).exists(), look=0.01, tell=tell)
     mine = []
     for job, claim in shared:
         with claim:
             mine.append(job)
-    assert mine == ["free"] and shared.done == 1 and shared.elsewhere == ["held"]
+            (tmp_path / job).touch()
+    assert mine == ["free", "dropped"] and shared.done == 2 and not shared.elsewhere
+    assert said == ["waiting    for held, dropped, in the hands of other processes"]
+
+
+def test_one_that_waits_is_told_once_how_many_are_left(tmp_path, monkeypatch):
+    foreign(tmp_path / "a")
+    looks, said = [], []
+
+    def sleep(seconds):
+        looks.append(seconds)
+        if len(looks) == 6:
+            (tmp_path / "a").touch()
+
+    monkeypatch.setattr(claims.time, "sleep", sleep)
+    shared = Shared(["a"], lambda job: tmp_path / job, lambda job: (tmp_path / job).exists(), tell=said.append)
+    assert list(shared) == [] and shared.done == 1
+    assert said == ["waiting    for a, in the hands of another process"]
+    assert looks == [1, 2, 4, 8, 15, 15], "and looks less and less often"
 
 
 def test_a_claim_that_was_cut_short_does_not_stay(tmp_path):

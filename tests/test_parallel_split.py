@@ -5,7 +5,9 @@ import json
 
 import pytest
 import torch
+from parallel_fixtures import ROOT
 
+from t3.bench.scaling import Measured
 from t3.errors import T3Error
 from t3.parallel.split import Split, Task, choose, facts, legal_splits, line, refusal
 
@@ -56,6 +58,14 @@ def test_auto_leaves_no_rank_without_work():
 )
 def test_auto_takes_the_fastest(size, task, expected):
     assert choose("auto", size, task)[0] == expected
+
+
+def test_the_estimate_is_what_two_cards_were_measured_to_give():
+    measured = Measured.read([ROOT / "benchmarks" / "parallel_4k_2_h100.json"])
+    for splits, seconds in ((Split(1, 2, 1), measured.guidance), (Split(1, 1, 2), measured.sequence)):
+        times = (2 if splits.guidance == 2 else 1) * measured.forward["1.3b"] / seconds["1.3b", 2]
+        # As many figures as the constants have.
+        assert Split().cost(TASK) / splits.cost(TASK) == pytest.approx(times, abs=0.001)
 
 
 def test_what_is_asked_for_is_taken():

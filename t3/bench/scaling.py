@@ -10,12 +10,12 @@ from typing import Any
 
 from ..cost import ModelShape
 from ..errors import T3Error
-from ..parallel.sequence import GROUPS
 from ..plan import Grid
 from ..scaling import (
     EXCHANGES,
     Clip,
     Model,
+    beside,
     enough_bandwidth,
     forward,
     layer_bytes,
@@ -42,7 +42,6 @@ CONFIGS = {"1.3b": ("wan2.1-t2v-1.3b", "2.1"), "5b": ("wan2.2-ti2v-5b", "2.2")}
 LINKS = {"NVLink 4": 450e9, "PCIe 5 x16": 63e9, "400 Gb/s network": 50e9}
 # Of one H100, from the files beside `benchmarks/README.md`: used where no file gives the same.
 FORWARD = {"1.3b": (5.75, "comfyui_4k_ways_h100.json"), "5b": (3.20, "comfyui_4k_h100.json")}
-ATTENTION = {"1.3b": 0.372 / 5, "5b": 0.0821 / 5}  # attention_h100.json: five layers
 DECODE = {"2.1": (15.1, "decode_4k_h100.json"), "2.2": (19.7, "decode_4k_h100.json")}
 WRITE = (18.8, "decode_nodes_4k_h100.json")
 # Part of the decode on one GPU that is the middle stage: 21 frames of 75 ms of attention (1.3B), and convolutions.
@@ -115,7 +114,7 @@ class Measured:
             self.sequence[model, ranks] = min(seconds, self.sequence.get((model, ranks), seconds))
         elif case == "guidance":
             self.guidance[model, ranks] = seconds
-        elif case == "all-to-all":
+        elif case in ("all-to-all", "exchange"):
             self.bandwidth = max(self.bandwidth or 0.0, row["gb_per_s"] * 1e9)
 
 
@@ -129,8 +128,19 @@ def models(measured: Measured) -> list[Model]:
         pt, ph, pw = shape.patch
         latent = 4 * shape.out_channels * grid.t * pt * grid.h * ph * grid.w * pw
         seconds = measured.forward.get(name, FORWARD[name][0])
-        found.append(Model(name, shape.layers, shape.dim, shape.heads, grid.tokens, seconds, ATTENTION[name], latent))
-    return found
+        found.append(Model(name, shape.layers, shape.dim, shape.heads, grid.tokens, seconds, latent))
+    return [replace(model, beside=_beside(model, found, measured)) for model in found]
+
+
+def _beside(model: Model, models: list[Model], measured: Measured) -> float:
+    """What ranks spend beside computing and sending, as seen on two; where that was seen of another model only, as much
+    a byte that is sent."""
+    for one in (model, *models):
+        seen = measured.sequence.get((one.name, 2))
+        if seen is not None and measured.bandwidth:
+            share = model.layers * layer_bytes(model, 2) / (one.layers * layer_bytes(one, 2))
+            return share * beside(one, 2, seen, measured.bandwidth)
+    return 0.0
 
 
 def _shares(vae: str, ranks: int) -> tuple[float, float]:
@@ -195,9 +205,13 @@ def _inputs(measured: Measured, here: list[Model], price: float) -> str:
         taken = model.name in measured.forward
         source = "the files given" if taken else FORWARD[model.name][1]
         rows.append([f"{model.name}: a prediction on one GPU", f"{model.forward:.2f} s m", source])
-        rows.append(
-            [f"{model.name}: attention of a layer", f"{1000 * model.attention:.1f} ms m", "attention_h100.json"]
-        )
+        if model.beside:
+            seen = (model.name, 2) in measured.sequence
+            source = (
+                "two GPUs measured, less half of one and the sending" if seen else "as much a byte as the other model"
+            )
+            what = f"{model.name}: packing, grouping and waiting, all ranks together"
+            rows.append([what, f"{model.beside:.2f} s c", source])
     for vae, (seconds, source) in DECODE.items():
         taken = (vae, 1) in measured.decode
         value = measured.decode.get((vae, 1), seconds)
@@ -247,26 +261,21 @@ def _forwards(model: Model, measured: Measured) -> str:
     rows = []
     fast, slow = measured.bandwidth or LINKS["NVLink 4"], LINKS["PCIe 5 x16"]
     for ranks in model.degrees[1:]:
-        times = [forward(model, ranks, *how) for how in ((fast, 1), (fast, GROUPS), (slow, 1), (slow, GROUPS))]
+        times = [forward(model, ranks, speed) for speed in (fast, slow)]
         cells = [f"{seconds:.2f} s, {model.forward / seconds:.2f} c" for seconds in times]
         seen = measured.sequence.get((model.name, ranks))
         rows.append([f"{ranks}", *cells, f"{seen:.2f} s, {model.forward / seen:.2f} m" if seen else ""])
     link = "all-to-all as measured" if measured.bandwidth else "NVLink 4"
-    heads = ["ranks", f"{link}, in turn", f"{link}, {GROUPS} groups", "PCIe 5, in turn", f"PCIe 5, {GROUPS} groups"]
+    pairs = [
+        f"{2 * model.forward / seconds:.2f} times one GPU on {ranks}"
+        for (name, ranks), seconds in measured.guidance.items()
+        if name == model.name
+    ]
     return _table(
         f"{model.name}: a prediction, seconds and times one GPU, tokens over ranks",
-        [*heads, "measured"],
+        ["ranks", link, "PCIe 5", "measured"],
         rows,
-        "Of the time with guidance over two ranks, measured: "
-        + (
-            ", ".join(
-                f"{2 * model.forward / seconds:.2f} times one GPU on {ranks}"
-                for (name, ranks), seconds in measured.guidance.items()
-                if name == model.name
-            )
-            or "not yet"
-        )
-        + ".",
+        f"Of the time with guidance over two ranks, measured: {', '.join(pairs) or 'not yet'}.",
     )
 
 
@@ -313,9 +322,9 @@ def clips(model: Model, measured: Measured) -> list[tuple[str, Clip, str]]:
         legal = [(guidance, ranks) for guidance, ranks in ways if ranks in model.degrees]
         if not legal:
             continue
-        guidance, ranks = min(legal, key=lambda way: step(model, way[0], way[1], speed, GROUPS))
+        guidance, ranks = min(legal, key=lambda way: step(model, way[0], way[1], speed))
         decode, status = decode_seconds(vae, gpus, measured)
-        sampling = STEPS * step(model, guidance, ranks, speed, GROUPS)
+        sampling = STEPS * step(model, guidance, ranks, speed)
         how = " x ".join(f"{name} {n}" for name, n in (("guidance", guidance), ("sequence", ranks)) if n > 1)
         found.append((how or "one GPU", Clip(gpus, sampling, decode, WRITE[0]), status))
     return found

@@ -105,7 +105,7 @@ class World:
         self.backend = "nccl" if self.device.type == "cuda" else "gloo"
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-            # What is sent while windows are attended must not wait until all their work has begun.
+            # What is sent while a card computes must not wait until all that is queued there has begun.
             os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
         if self._one_machine():
             # Ranks of one machine reach each other even where the host's name leads nowhere.
