@@ -32,7 +32,6 @@ _BT709 = 1  # the number for BT.709 in all three of primaries, transfer and matr
 # Pixels from which x264 looks 20 frames ahead, as x265 does, and not 40: at 4K each of them takes 25 MB of main memory.
 _LARGE = 4_000_000
 _LIMITED = 1  # AVCOL_RANGE_MPEG
-_KR, _KB = 0.2126, 0.0722  # BT.709 luma weights of red and blue
 
 
 def check_video_path(path: str | os.PathLike[str]) -> str:
@@ -188,6 +187,8 @@ class _Writer:
         """
         import torch
 
+        from .picture_planes import in_unit_range
+
         shape, want = tuple(frames.shape), (self.height, self.width, 3)
         if len(shape) != 4 or shape[1:] != want:
             raise T3Error(f"Frames of shape {list(shape)} do not fit: this output takes [n, {want[0]}, {want[1]}, 3].")
@@ -197,7 +198,7 @@ class _Writer:
                 frame = torch.from_numpy(frame.copy())
             self._failed = True
             with self._errors():
-                self._write(_unit(frame, self.frames_written))
+                self._write(in_unit_range(frame, self.frames_written))
             self._failed = False
             self.frames_written += 1
 
@@ -299,9 +300,11 @@ class VideoWriter(_Writer):
     def _write(self, frame: torch.Tensor) -> None:
         import av
 
+        from .picture_planes import fill_plane, yuv420
+
         picture = av.VideoFrame(self.width, self.height, self._stream.pix_fmt)
-        for plane, values in zip(picture.planes, _yuv420(frame, self.bit_depth), strict=True):
-            _fill(plane, values.astype("u1" if self.bit_depth == 8 else "<u2"))
+        for plane, values in zip(picture.planes, yuv420(frame, self.bit_depth), strict=True):
+            fill_plane(plane, values.astype("u1" if self.bit_depth == 8 else "<u2"))
         picture.colorspace, picture.color_range = _BT709, _LIMITED
         picture.pts, picture.time_base = self.frames_written, 1 / self.rate
         self._container.mux(self._stream.encode(picture))
@@ -337,9 +340,11 @@ class PngWriter(_Writer):
     def _write(self, frame: torch.Tensor) -> None:
         import av
 
+        from .picture_planes import fill_plane
+
         picture = av.VideoFrame(self.width, self.height, "rgb24" if self.bit_depth == 8 else "rgb48be")
         levels = frame.mul_(2**self.bit_depth - 1).round_().cpu().numpy()
-        _fill(picture.planes[0], levels.astype("u1" if self.bit_depth == 8 else ">u2"))
+        fill_plane(picture.planes[0], levels.astype("u1" if self.bit_depth == 8 else ">u2"))
         picture.pts = self.frames_written
         self._save(self._encoder.encode(picture))
 
@@ -348,56 +353,6 @@ class PngWriter(_Writer):
         for packet in packets:
             (self._folder / f"frame_{self._files:05}.png").write_bytes(bytes(packet))
             self._files += 1
-
-
-def _unit(frame: torch.Tensor, number: int) -> torch.Tensor:
-    """One frame `[H, W, 3]` as new float32 in [0, 1]."""
-    import torch
-
-    levels = {torch.uint8: 255, torch.uint16: 65535}.get(frame.dtype)
-    if levels is not None:
-        return frame.to(torch.float32).div_(levels)
-    if not frame.dtype.is_floating_point:
-        raise T3Error(f"Frames of {frame.dtype} have no agreed range. Use uint8, uint16 or a float in [0, 1].")
-    values = frame.to(torch.float32, copy=True)
-    # The sum is not finite if one value is not, and costs a tenth of looking at each.
-    if not torch.isfinite(values.sum()) and (bad := int((~torch.isfinite(values)).sum())):
-        raise T3Error(
-            f"Frame {number} (counting from 0) holds {bad} values that are NaN or infinite, so the "
-            "output is not written. Decode in a wider dtype (bfloat16 or float32), or check the latents."
-        )
-    return values.clamp_(0, 1)
-
-
-def _yuv420(rgb: torch.Tensor, bit_depth: int) -> list[numpy.ndarray]:
-    """RGB `[H, W, 3]` in [0, 1] to limited-range BT.709 planes Y `[H, W]`, Cb and Cr `[H/2, W/2]`, whole float32.
-
-    Done here and not by libswscale: that reads 16-bit white as 65280, up to 3.5 steps off in 10 bits.
-    """
-    import torch
-
-    red, green, blue = rgb.unbind(-1)
-    luma = (red * _KR).add_(green, alpha=1 - _KR - _KB).add_(blue, alpha=_KB)
-    scale = 2 ** (bit_depth - 8)
-    planes = []
-    for colour, weight in ((blue, _KB), (red, _KR)):
-        chroma = (colour - luma).div_(2 * (1 - weight))
-        chroma = chroma[0::2].add(chroma[1::2])
-        # Samples sit on the left column of each pair, half way down (what players assume of H.264 and H.265).
-        even, odd = chroma[:, 0::2], chroma[:, 1::2]
-        before = torch.cat((even[:, :1], odd[:, :-1]), dim=1)
-        planes.append((even * 2).add_(odd).add_(before).div_(8).mul_(224 * scale).add_(128 * scale))
-    planes.insert(0, luma.mul_(219 * scale).add_(16 * scale))
-    return [plane.round_().cpu().numpy() for plane in planes]
-
-
-def _fill(plane, values: numpy.ndarray) -> None:
-    """Copy `[rows, ...]` into a picture's plane, whose rows are padded."""
-    import numpy
-
-    rows = numpy.ascontiguousarray(values).reshape(values.shape[0], -1).view(numpy.uint8)
-    target = numpy.frombuffer(plane, numpy.uint8).reshape(-1, plane.line_size)
-    target[: rows.shape[0], : rows.shape[1]] = rows
 
 
 def _check_choice(what: str, value, legal: tuple) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from t3 import video
 from t3.errors import T3Error
+from t3.picture_planes import yuv420
 
 av = pytest.importorskip("av")
 
@@ -112,7 +113,7 @@ def test_frame_rates(place, fps):
 def test_conversion_is_bt709_to_half_a_step(depth):
     for colour in [*COLOURS, *np.random.default_rng(1).random((50, 3))]:
         frame = torch.from_numpy(solid(colour)[0]).float()
-        for plane, value in zip(video._yuv420(frame, depth), expected_planes(colour, depth), strict=True):
+        for plane, value in zip(yuv420(frame, depth), expected_planes(colour, depth), strict=True):
             # Rounding is half a step; float32 adds less than a thousandth.
             assert np.abs(plane - value).max() <= 0.501
 
@@ -122,7 +123,7 @@ def test_chroma_is_sited_left_and_half_way_down():
     y, x = np.mgrid[0:16, 0:24]
     rgb = np.zeros((16, 24, 3), np.float32)
     rgb[..., 2] = (x + 3 * y) / 100
-    _, blue, _ = video._yuv420(torch.from_numpy(rgb), 10)
+    _, blue, _ = yuv420(torch.from_numpy(rgb), 10)
     site = (2 * np.arange(12)[None, :] + 3 * (2 * np.arange(8)[:, None] + 0.5)) / 100
     wanted = 4 * (128 + 224 * site / 2)
     assert np.abs(blue - wanted)[:, 1:].max() <= 0.501  # the first column has no left neighbour
