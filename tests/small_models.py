@@ -111,7 +111,8 @@ def build_like_embedded(folder: Path) -> Path:
     """Write a model like the embedded one to `folder`: its VAE and text encoder, shapes and a plan; the transformer's
     weights are random."""
     from t3.retrofit.output import write_full
-    from tools.small_model.export import TRAINED, pack
+    from tools.small_model.export import pack
+    from tools.small_model.files import TRAINED
     from tools.small_model.init_dit import make_transformer
     from tools.small_model.plans import GRID, PLANS
 

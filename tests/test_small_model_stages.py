@@ -1,10 +1,13 @@
 """The small model's stages, each at its smallest: text, folding, shards, a step of training, packing."""
 
 import json
+import shutil
+from functools import partial
 
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from t3.plan import Plan
@@ -13,7 +16,7 @@ from t3.retrofit.output import write_full
 from t3.retrofit.shards import open_shards, read_shards
 from t3.sources import find_sources
 from t3.weights import load_transformer
-from tools.small_model import encode, export, train_text
+from tools.small_model import encode, export, init_dit, stage, train_text
 from tools.small_model.captions import caption, words
 from tools.small_model.clip_vae import ClipVae
 from tools.small_model.evaluate import main as evaluate
@@ -215,3 +218,83 @@ def test_recipes_are_configs(name, pytestconfig):
     assert config.model.text_tokens == TOKENS and config.output.folder.endswith(name)
     assert config.stages[0].max_seconds <= 480
     assert TRANSFORMER["text_dim"] == 128
+
+
+STAGES = """
+[sets.few]
+size = "low"
+frames = "5"
+batch = 4
+clips = 8
+start = 10
+
+[sets.few-test]
+split = "test"
+size = "low"
+frames = "5"
+clips = 2
+
+[stages.few]
+recipe = "few.toml"
+sets = ["few", "few-test"]
+reserve = 1
+evaluate = { size = "low", frames = 5, prompts = 2, batch = 2, steps = 1 }
+"""
+RECIPE = """
+[model]
+source = "small/model"
+plan = "dense"
+text_tokens = 32
+[[data.sets]]
+name = "few"
+folder = "small/data/few"
+[data]
+validation = ["small/data/few-test"]
+[train]
+batch = 4
+device = "cpu"
+[[stages]]
+steps = 1
+[validation]
+clips = 1
+levels = 2
+draws = 1
+[output]
+folder = "small/dense-few"
+dtype = "float16"
+tensorboard = false
+"""
+
+
+def test_a_stage_encodes_trains_measures_and_keeps(parts, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(encode.SIZES, "low", (112, 160))
+    for name, pieces in (("text", ("tokenizer", "text_encoder")), ("folded", ("vae",))):
+        for piece in pieces:
+            shutil.copytree(parts / piece, tmp_path / "small" / name / piece)
+    monkeypatch.setattr(init_dit, "make_transformer", partial(make_transformer, num_layers=1))
+    (tmp_path / "stages.toml").write_text(STAGES)
+    (tmp_path / "few.toml").write_text(RECIPE)
+    common = ["few", "--stages", "stages.toml", "--root", "small", "--keep", "kept", "--device", "cpu"]
+    stage.main([*common, "--fresh", "100"])
+    kept = {path.name for path in (tmp_path / "kept").iterdir()}
+    assert kept == {
+        *(f"dense-few{end}" for end in (".safetensors", ".txt", ".json", ".png")),
+        *(f"dense-few-{table}.csv" for table in ("metrics", "validation")),
+    }
+    assert {clip.facts.source for clip in read_shards(tmp_path / "small/data/few")} == {
+        f"train/{i}" for i in range(110, 118)
+    }
+    judged = json.loads((tmp_path / "kept/dense-few.json").read_text())
+    assert len(judged["clips"]) == 2 and "colour" in judged["summary"]
+    # On from there, under another name; what is encoded stays.
+    stage.main([*common, "--start", "kept/dense-few.safetensors", "--name", "dense-more", "--set", "stages.1.steps=2"])
+    assert (tmp_path / "kept/dense-more.safetensors").exists()
+    few, more = (load_file(tmp_path / f"kept/dense-{name}.safetensors") for name in ("few", "more"))
+    assert few.keys() == more.keys() and any(not torch.equal(few[name], more[name]) for name in few)
+    with pytest.raises(SystemExit, match="has no stage 'fewer'. There are few"):
+        stage.main(["fewer", *common[1:]])
+    with pytest.raises(SystemExit, match="s are left for training"):
+        stage.main([*common, "--name", "late", "--seconds", "30"])
+    with pytest.raises(SystemExit, match="ended with 2; its output is in"):
+        stage.main([*common, "--set", "model.plan='nowhere.json'"])

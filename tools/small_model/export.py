@@ -18,11 +18,10 @@ from safetensors.torch import save_file
 
 from t3.weights import load_transformer, read_metadata
 
-from .files import fresh_folder, say
+from .files import TRAINED, fresh_folder, say
 from .init_dit import assemble
 
 LARGEST_FILE, LARGEST_ALL = 16_000_000, 24_000_000  # bytes
-TRAINED = Path(__file__).resolve().parent / "trained"
 _WEIGHTS = Path("transformer") / "diffusion_pytorch_model.safetensors"
 CARD = """# The embedded model
 

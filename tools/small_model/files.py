@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
+from typing import Any
+
+from t3.errors import T3Error
+
+TRAINED = Path(__file__).resolve().parent / "trained"  # what was published
 
 
 class Stopwatch:
@@ -33,6 +39,20 @@ def forget_paths(folder: Path) -> None:
         config = json.loads(path.read_text(encoding="utf-8"))
         if config.pop("_name_or_path", None) is not None:
             path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file as plain data. Raises `T3Error` where there is none, or it is none."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise T3Error(f"{path} cannot be read: {error.strerror}.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise T3Error(f"{path} is no TOML: {error}.") from None
 
 
 def say(text: str) -> None:

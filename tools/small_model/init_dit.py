@@ -8,13 +8,14 @@ The folder is in the diffusers layout (`model_index.json`), so that `t3.retrofit
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from transformers import AutoTokenizer, UMT5EncoderModel
 
-from .files import forget_paths, fresh_folder, say
+from .files import TRAINED, forget_paths, fresh_folder, say
 from .text import TEXT_DIM
 
 # Hosts take heads of 128 and infer the rest from shapes. In float16 this is 15.9 MB.
@@ -57,6 +58,16 @@ def assemble(vae: Path, text: Path, transformer: WanTransformer3DModel, out: Pat
     )
     pipe.save_pretrained(out)
     forget_paths(out)
+
+
+def prepare_folder(root: Path) -> None:
+    """Make `root`/model from the text encoder and the folded VAE in `root`, or else from those that were published."""
+    for name in ("text", "folded"):
+        if not (root / name).exists():
+            say(f"{root / name}: copied from {TRAINED}")
+            shutil.copytree(TRAINED / name, root / name)
+    if not (root / "model" / "model_index.json").exists():
+        assemble(root / "folded", root / "text", make_transformer(), root / "model", torch.float32)
 
 
 def main(arguments: list[str] | None = None) -> None:

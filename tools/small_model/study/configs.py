@@ -9,8 +9,9 @@ from typing import Any
 
 from t3.retrofit.config import Config, parse_config
 
+from ..files import read_toml
 from .jobs import MEASURE, TUNE, Job
-from .settings import Study, read_toml
+from .settings import Study
 
 
 def configs(study: Study, job: Job, rate: float, folder: Path) -> list[Config]:

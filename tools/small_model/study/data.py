@@ -10,11 +10,9 @@ from pathlib import Path
 from t3.errors import T3Error
 from t3.retrofit.shards import EMPTY_TEXT, INDEX
 
-from ..files import say
+from ..files import read_toml, say
 from .settings import Encoded, Study
 from .worker import Claims
-
-TRAINED = Path(__file__).parent.parent / "trained"
 
 
 def prepare(study: Study) -> None:
@@ -22,21 +20,12 @@ def prepare(study: Study) -> None:
 
     Raises `T3Error` where the dense model is missing.
     """
-    from .settings import read_toml
-
     dense = Path(read_toml(study.recipe)["model"]["dit"][0])
     if not dense.exists():
         raise T3Error(f"{dense} is missing: the dense model that all rows start from. Train it, or bring it here.")
-    for name in ("text", "folded"):
-        if not (study.root / name).exists():
-            say(f"{study.root / name}: copied from {TRAINED}")
-            shutil.copytree(TRAINED / name, study.root / name)
-    if not (study.root / "model" / "model_index.json").exists():
-        import torch
+    from ..init_dit import prepare_folder
 
-        from ..init_dit import assemble, make_transformer
-
-        assemble(study.root / "folded", study.root / "text", make_transformer(), study.root / "model", torch.float32)
+    prepare_folder(study.root)
 
 
 def parts(study: Study) -> list[tuple[str, int]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .data import TRAINED
+from ..files import TRAINED
 from .jobs import ADHERENCE, MEASURE, RUN, TUNE, Job
 from .results import Results
 from .settings import Study

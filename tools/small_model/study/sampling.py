@@ -14,9 +14,10 @@ from t3.errors import T3Error
 from ..detector import detect
 from ..evaluate import jobs as prompts
 from ..evaluate import load_engine, options, row, sampled
+from ..files import read_toml
 from .jobs import RUN, Job
 from .results import Results
-from .settings import DENSE, Study, read_toml
+from .settings import DENSE, Study
 from .training import kept
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from t3.errors import T3Error
 from t3.plan import Layer, Plan
 
+from ..files import read_toml
 from ..plans import GRID, PLANS
 
 FILE = Path(__file__).with_name("study.toml")
@@ -155,20 +155,6 @@ class Study:
             with atomic_path(file, overwrite=True) as temp:
                 temp.write_text(text, encoding="utf-8")
         return str(file)
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """A TOML file as plain data. Raises `T3Error` where there is none, or it is none."""
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise T3Error(f"{path} cannot be read: {error.strerror}.") from None
-    except tomllib.TOMLDecodeError as error:
-        raise T3Error(f"{path} is no TOML: {error}.") from None
 
 
 def read_study(path: Path = FILE) -> Study:

@@ -147,6 +147,6 @@ def start(study: Study, jobs: list[Job], claims: Path, deadline: float, untuned:
 
 def device_of(study: Study) -> str:
     """The device the recipe names; adherence jobs use the same."""
-    from .settings import read_toml
+    from ..files import read_toml
 
     return read_toml(study.recipe)["train"].get("device", "auto")
