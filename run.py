@@ -26,6 +26,7 @@ USAGE = """usage: python3 run.py COMMAND [ARGUMENTS]
   bench      how fast this machine is at it, beside other implementations (python -m t3.bench)
   test       lint, types and all tests; ARGUMENTS go to pytest
 """
+SHARED = ["-n", "auto", "--dist", "worksteal"]
 HOST = "tests/host/install.py"  # brings the ComfyUI that the tests run against
 EXTRAS = {
     **dict.fromkeys(("generate", "decode", "inspect", "convert", "extract", "backends"), "generate"),
@@ -50,9 +51,14 @@ def environment(extra: str) -> Path:
         venv.create(folder, with_pip=True)
     print("Installing (a few minutes the first time; torch is large) ...", file=sys.stderr, flush=True)
     install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*install, *which_torch(python), "-e", f"{ROOT}[{extra}]"], check=True)
+    package = [*install, *which_torch(python), "-e", f"{ROOT}[{extra}]"]
     if extra == "test":
+        # What needs no package comes meanwhile; where that fails, the second call says why.
+        with subprocess.Popen([python, ROOT / HOST, "--downloads"]):
+            subprocess.run(package, check=True)
         subprocess.run([python, ROOT / HOST], check=True)
+    else:
+        subprocess.run(package, check=True)
     stamp.write_text(state)
     return python
 
@@ -65,10 +71,11 @@ def which_torch(python: Path) -> list[str]:
 
 
 def test(python: Path, arguments: list[str]) -> int:
-    """Lint and types first, since they are quick; pytest always runs and speaks last."""
+    """Lint and types first, since they are quick; pytest always runs and speaks last. All tests are shared by two
+    processes (tests/conftest.py); one that runs out of tests takes over some of the other's."""
     checks = [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]]
     codes = [subprocess.run([python, "-m", *check], cwd=ROOT).returncode for check in checks]
-    codes.append(subprocess.run([python, "-m", "pytest", *arguments], cwd=ROOT).returncode)
+    codes.append(subprocess.run([python, "-m", "pytest", *(arguments or SHARED)], cwd=ROOT).returncode)
     return max(codes)
 
 

@@ -1,13 +1,19 @@
-"""Shared fixtures, and one hook: the repository root is a ComfyUI pack, not a Python package to collect."""
+"""Shared fixtures, and hooks: the repository root is a ComfyUI pack, not a Python package to collect; two workers."""
 
 from __future__ import annotations
 
 import os
+import random
+import sys
+import zlib
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Said before torch is imported. With a thread for every core in every worker they wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -21,6 +27,25 @@ class RootIsNotAPackage:
 
 def pytest_configure(config):
     config.pluginmanager.register(RootIsNotAPackage())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """What `-n auto` means: two processes; on a card one alone, since tests look at its free memory."""
+    import torch
+
+    return 0 if torch.cuda.is_available() else min(2, os.cpu_count() or 1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Random numbers hang on the test alone, not on which others ran before it in this process."""
+    seed = zlib.crc32(item.nodeid.encode())
+    random.seed(seed)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)
 
 
 def pytest_generate_tests(metafunc):

