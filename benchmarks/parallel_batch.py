@@ -43,7 +43,8 @@ def command(options: argparse.Namespace, model: Path, prompts: Path, out: Path, 
 
 def start(arguments: list[str], log: Path) -> subprocess.Popen:
     """In a group of its own, so that all of it can be ended."""
-    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environ = {**os.environ, "PYTHONPATH": paths}
     with log.open("ab") as errors:
         return subprocess.Popen(
             arguments, env=environ, stdout=subprocess.PIPE, stderr=errors, start_new_session=True, text=True

@@ -19,7 +19,8 @@ def free_port() -> int:
 
 
 def environment(**more) -> dict[str, str]:
-    paths = os.pathsep.join([str(ROOT), str(TESTS)])
+    # What is on the path already may be where packages lie.
+    paths = os.pathsep.join(filter(None, [str(ROOT), str(TESTS), os.environ.get("PYTHONPATH")]))
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **more}
 
 

@@ -28,8 +28,9 @@ from ..kernels.window_group.op import window_group, window_group_into
 from ..windows import token_rows
 
 # Runs of a rank's tokens. While one is sent the next is projected; while one comes back the rest of the block works on
-# the one before. One: every exchange is waited for.
-PARTS = 1
+# the one before. Two H100, the 1.3B at 4K: 3.118 s a forward with 1, where every exchange is waited for, 3.113 with 2;
+# five layers with 1, 2, 4, 8: 540, 539, 537, 544 ms.
+PARTS = 2
 
 
 @dataclass(frozen=True)
