@@ -1,7 +1,9 @@
-"""Time what stands beside attention in a Wan block, on one GPU: norms, gated sums, the feed-forward layer; and two
-questions about attention itself, the layout of the windows and the kind of numbers in them.
+"""Time what stands beside self-attention in a Wan block, on one GPU: norms, gated sums, the feed-forward layer,
+cross-attention by each exact kernel; and two questions about attention itself, the layout of the windows and the kind
+of numbers in them.
 
     python benchmarks/block_parts.py --out results.json
+    python benchmarks/block_parts.py --only cross
 
 Needs torch and Triton. Random data in the shapes of the released models at 4K, bfloat16. Times are for all tokens,
 worked off in chunks of the given number; those of the feed-forward layer hold one copy of its result. "host": ComfyUI's
@@ -39,6 +41,7 @@ DTYPE = torch.bfloat16
 EPS = 1e-6
 WAN21, LAYERS = Plan.preset("wan2.1-4k"), 5
 SAMPLE = 512
+TEXT = 512  # tokens of a text, as Wan pads it
 WARPS = (2, 4, 8)  # of a program
 
 
@@ -228,6 +231,42 @@ def feed_forward_rows(shape: Shape, matmul_rate: float) -> dict:
     return rows
 
 
+# Cross-attention
+
+
+def cross_rows(shape: Shape, matmul: float) -> dict:
+    """`{ms, percent of the matrix product's rate, error}` of all tokens against a text's 512, by backend and chunk."""
+    heads = max(2, shape.width // 128)
+    head_dim = shape.width // heads
+    q = random(1, shape.tokens, heads, head_dim)
+    k, v = (random(1, TEXT, heads, head_dim, seed=seed) for seed in (1, 2))
+    sample = slice(0, min(SAMPLE, shape.tokens))
+    wide = [x.double().transpose(1, 2) for x in (q[:, sample], k, v)]
+    exact = F.scaled_dot_product_attention(*wide).transpose(1, 2)
+    operations = 4 * shape.tokens * TEXT * shape.width
+    rows: dict = {}
+    for backend in BACKENDS.values():
+        if not backend.exact:
+            continue
+        if reason := backend.refusal(Situation(DEVICE, DTYPE, head_dim)):
+            rows[backend.name] = reason
+            continue
+        for chunk in dict.fromkeys((min(32 * K, shape.tokens), shape.tokens)):
+
+            def run(backend=backend, chunk=chunk) -> dict:
+                def work() -> None:
+                    for start in range(0, shape.tokens, chunk):
+                        backend.attend(q[:, start : start + chunk], k, v, head_dim**-0.5)
+
+                ms = milliseconds(work, 3)
+                out = backend.attend(q[:, sample], k, v, head_dim**-0.5)
+                rate = operations / ms / 1e9
+                return {"ms": round(ms, 2), "percent": round(100 * rate / matmul, 1), "error": off(out, exact)}
+
+            attempt(rows, f"{backend.name}, {chunk:,} tokens at once", run)
+    return rows
+
+
 # Attention
 
 
@@ -309,6 +348,7 @@ def attempt(rows: dict, label: str, work: Callable[[], object]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try the script")
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="parts whose name has such a word")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     began = time.perf_counter()
@@ -324,17 +364,19 @@ def main() -> None:
         if CUDA:
             torch.cuda.empty_cache()
 
+    parts: dict[str, Callable[[], dict]] = {}
     for shape in TINY if options.tiny else SHAPES:
-        print(shape.name, flush=True)
-        attempt(results, f"{shape.name}, norms and sums", lambda shape=shape: norm_rows(shape, copy))
-        save()
-        attempt(results, f"{shape.name}, feed-forward", lambda shape=shape: feed_forward_rows(shape, matmul))
-        save()
-    print("attention", flush=True)
+        parts[f"{shape.name}, norms and sums"] = lambda shape=shape: norm_rows(shape, copy)
+        parts[f"{shape.name}, feed-forward"] = lambda shape=shape: feed_forward_rows(shape, matmul)
+        parts[f"{shape.name}, cross-attention"] = lambda shape=shape: cross_rows(shape, matmul)
     grid, heads = (Grid(2, 6, 10), 2) if options.tiny else (Grid(21, 136, 240), 12)
-    attempt(results, "attention", lambda: attention_rows(grid, heads, 128))
-    save()
-    print("seconds:", results["seconds"])
+    parts["windows"] = lambda: attention_rows(grid, heads, 128)
+    for name, work in parts.items():
+        if not options.only or any(word in name for word in options.only):
+            print(name, flush=True)
+            attempt(results, name, work)
+            save()
+    print(f"seconds: {time.perf_counter() - began:.0f}")
 
 
 if __name__ == "__main__":
