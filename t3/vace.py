@@ -15,6 +15,8 @@ from .encoder import Encoder
 from .images import load_image
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from .jobs import Clip
 
 # Where there is no picture stands the middle of the range, as VACE was trained: 0 in [-1, 1], here to 1.5e-5.
@@ -59,12 +61,10 @@ class Control:
         return self._last[1]
 
     def _make(self, clip: Clip) -> dict[str, torch.Tensor]:
-        grey = torch.tensor(_GREY, dtype=torch.uint16).expand(1, clip.frames, clip.height, clip.width, 3)
-        made = self._encoded(grey)
+        made = self._encoded(among_grey(clip.frames, clip.height, clip.width, {}))
         kept = self._encoded(kept_frames(clip)) if clip.image else made
         _, _, frames, height, width = made.shape
-        middles = (torch.arange(frames) + 0.5) * (clip.frames / frames)
-        mask = frame_mask(clip)[middles.long()].to(self.device)
+        mask = latent_mask(frame_mask(clip), frames).to(self.device)
         scale = self.vae.config.scale_factor_spatial
         return {
             "video": torch.cat([kept, made], dim=1),
@@ -78,18 +78,38 @@ class Control:
 
 def frame_mask(clip: Clip) -> torch.Tensor:
     """`[frames]`: 0 for those that are kept, the first and the last where there are images for them; 1 for others."""
-    mask = torch.ones(clip.frames)
-    for frame, path in ((0, clip.image), (-1, clip.last_image)):
-        if path:
-            mask[frame] = 0
+    return mask_of(clip.frames, [frame for frame, path in ((0, clip.image), (-1, clip.last_image)) if path])
+
+
+def mask_of(frames: int, kept: Sequence[int]) -> torch.Tensor:
+    """`[frames]`: 0 for the frames of these numbers, 1 for others."""
+    mask = torch.ones(frames)
+    for frame in kept:
+        mask[frame] = 0
     return mask
+
+
+def latent_mask(mask: torch.Tensor, latent_frames: int) -> torch.Tensor:
+    """`[latent_frames]` of a mask `[frames]`: for each latent frame that of the frame in its middle, as published."""
+    middles = (torch.arange(latent_frames) + 0.5) * (len(mask) / latent_frames)
+    return mask[middles.long()]
 
 
 def kept_frames(clip: Clip) -> torch.Tensor:
     """`[1, frames, H, W, 3]` in uint16: the clip's images where they stand, and grey everywhere else."""
-    frames = torch.full((1, clip.frames, clip.height, clip.width, 3), _GREY, dtype=torch.uint16)
+    given = {}
     for frame, path in ((0, clip.image), (-1, clip.last_image)):
         if path:
             pixels = torch.frombuffer(bytearray(load_image(path, clip.height, clip.width).tobytes()), dtype=torch.uint8)
-            frames[0, frame] = (pixels.view(clip.height, clip.width, 3).int() * 257).to(torch.uint16)
-    return frames
+            given[frame] = pixels.view(clip.height, clip.width, 3)
+    return among_grey(clip.frames, clip.height, clip.width, given)
+
+
+def among_grey(frames: int, height: int, width: int, given: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    """`[1, frames, H, W, 3]` in uint16: pictures `[H, W, 3]` in uint8 at the frames of their numbers, else grey."""
+    if not given:
+        return torch.tensor(_GREY, dtype=torch.uint16).expand(1, frames, height, width, 3)
+    made = torch.full((1, frames, height, width, 3), _GREY, dtype=torch.uint16)
+    for frame, pixels in given.items():
+        made[0, frame] = (pixels.int() * 257).to(torch.uint16)
+    return made

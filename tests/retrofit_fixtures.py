@@ -6,6 +6,7 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from t3.retrofit.shards import ShardWriter
+from t3.weights.load import transformer_class
 
 TINY = {
     "num_attention_heads": 1,
@@ -19,29 +20,54 @@ TINY = {
     "patch_size": (1, 2, 2),
     "rope_max_seq_len": 64,
 }
+# Tiny models of the other kinds, as changes of the above.
+KINDS = {
+    "t2v": {},
+    "i2v": {"in_channels": 36, "image_dim": 8, "added_kv_proj_dim": 128},
+    "flf2v": {"in_channels": 36, "image_dim": 8, "added_kv_proj_dim": 128, "pos_embed_seq_len": 10},
+    "a14b-i2v": {"in_channels": 36},
+    "ti2v": {"in_channels": 48, "out_channels": 48},
+    "vace": {"num_layers": 4, "vace_layers": [0, 3]},
+}
 PLAN = '{"t3_plan": 1, "name": "tiny", "grid": [2, 3, 4], "layers": [["each", 1, 1], [1, 2, 2]]}'
 SHAPE = (16, 2, 6, 8)
 
 
-def write_model(folder: Path, **changes) -> Path:
+def make_transformer(kind: str = "t2v", seed: int = 3, **changes) -> WanTransformer3DModel:
+    """A tiny transformer of a kind, with random weights."""
+    torch.manual_seed(seed)
+    config = {**TINY, **KINDS[kind], **changes}
+    return transformer_class(config)(**config)
+
+
+def write_model(folder: Path, kind: str = "t2v", **changes) -> Path:
     """A diffusers folder with a tiny transformer and the config of a VAE: what training on latents needs."""
-    torch.manual_seed(3)
-    WanTransformer3DModel(**{**TINY, **changes}).save_pretrained(folder / "transformer")
+    make_transformer(kind, **changes).save_pretrained(folder / "transformer")
     (folder / "vae").mkdir()
-    (folder / "vae" / "config.json").write_text("{}")
+    (folder / "vae" / "config.json").write_text('{"z_dim": 48}' if kind == "ti2v" else "{}")
     (folder / "model_index.json").write_text("{}")
+    if kind.startswith("a14b"):
+        make_transformer(kind, seed=4, **changes).save_pretrained(folder / "transformer_2")
+        (folder / "model_index.json").write_text('{"boundary_ratio": 0.9}')
     (folder / "plan.json").write_text(PLAN)
     return folder
 
 
-def write_clips(folder: Path, count: int = 6, shape=SHAPE, seed: int = 0, empty: bool = True) -> Path:
-    """A data set of random latents of one shape."""
+def write_clips(
+    folder: Path, count: int = 6, shape=SHAPE, seed: int = 0, empty: bool = True, given=(), grey: bool = False
+) -> Path:
+    """A data set of random latents of one shape, with the tensors named in `given` and latents of a grey clip."""
     source = torch.Generator().manual_seed(seed)
     with ShardWriter(folder) as writer:
+        if grey:
+            writer.grey(torch.randn(shape, generator=source))
         for i in range(count):
             writer.add(
                 torch.randn(shape, generator=source),
                 torch.randn(3 + i % 2, 8, generator=source),
+                given={
+                    name: torch.randn((5, 8) if name.endswith("image") else shape, generator=source) for name in given
+                },
                 caption=f"clip {i}",
                 source=f"{seed}-{i}.mp4",
                 frames=4 * shape[1] - 3,

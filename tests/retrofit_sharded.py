@@ -13,6 +13,7 @@ from retrofit_fixtures import PLAN, SHAPE, TINY
 from torch.distributed.fsdp import fully_shard
 
 from t3 import Plan
+from t3.parallel.faults import leave
 from t3.retrofit import checkpoint
 from t3.retrofit.config import Stage
 from t3.retrofit.ema import Average
@@ -67,6 +68,7 @@ def main(folder: Path) -> None:
         assert all(moved)
     dist.barrier()
     dist.destroy_process_group()
+    leave(0)  # as the command does, and why
 
 
 if __name__ == "__main__":

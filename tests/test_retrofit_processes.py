@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from retrofit_fixtures import write_clips, write_config, write_model
+from retrofit_fixtures import SHAPE, write_clips, write_config, write_model
 from safetensors.torch import load_file
 
 from t3.retrofit.curves import read
@@ -22,11 +22,15 @@ TABLES = {
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_at_the_same_global_batch(tmp_path):
-    write_model(tmp_path / "model")
-    write_clips(tmp_path / "clips")
-    write_clips(tmp_path / "held", 5, seed=1)
+@pytest.mark.parametrize("kind", ["t2v", "vace", "ti2v"])
+def test_two_processes_equal_one_at_the_same_global_batch(tmp_path, kind):
+    write_model(tmp_path / "model", kind)
+    shape = (48, *SHAPE[1:]) if kind == "ti2v" else SHAPE
+    for name, count, seed in (("clips", 6, 0), ("held", 5, 1)):
+        write_clips(tmp_path / name, count, shape, seed=seed, given=("first",), grey=kind == "vace")
     data = {"validation": [str(tmp_path / "held")]}
+    if kind != "t2v":
+        data["conditions"] = {"none": 1, "first": 1}
     one = write_config(tmp_path, "one", run="one", train={"batch": 4}, data=data, **TABLES)
     two = write_config(tmp_path, "two", run="two", train={"batch": 2}, data=data, **TABLES)
     started = [_start(1, "-m", "t3.retrofit", one), _start(2, "-m", "t3.retrofit", two)]

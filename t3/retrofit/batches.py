@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .conditioning import put
 from .config import Stage
 from .data import Clips, Order, Pool
 from .draws import QUERIES, generator, noise, noise_level, sample_draws
@@ -63,6 +64,7 @@ class Feeder:
         self.device = device
         self.resident = resident
         self.serial = 0
+        self.conditioning = clips.conditioning
         self.empty = None if clips.empty is None else clips.empty.to(device)
         self._reader = None if resident else ThreadPoolExecutor(1, thread_name_prefix="clips")
         self._ahead: deque[tuple[dict[str, Any], _Round, Future]] = deque()
@@ -115,12 +117,12 @@ class Feeder:
         self.serial += self.layout.together
         return planned
 
-    def _read(self, planned: _Round) -> tuple[torch.Tensor, torch.Tensor]:
+    def _read(self, planned: _Round) -> dict[str, torch.Tensor]:
         first = self.layout.rank * self.layout.batch
         return planned.pool.take(planned.numbers[first : first + self.layout.batch], self.device)
 
-    def _finish(self, planned: _Round, read: tuple[torch.Tensor, torch.Tensor]) -> Batch:
-        latents, text = read
+    def _finish(self, planned: _Round, read: dict[str, torch.Tensor]) -> Batch:
+        latents, text = read["latents"], read["text"]
         stage, first = planned.stage, planned.serial + self.layout.rank * self.layout.batch
         draws = [sample_draws(self.seed, serial) for serial in range(first, first + self.layout.batch)]
         levels = [noise_level(d, stage.noise, stage.shift, stage.sigma_min, stage.sigma_max) for d in draws]
@@ -128,9 +130,10 @@ class Feeder:
         if any(dropped) and self.empty is not None:
             text = torch.where(self._put(dropped)[:, None, None], self.empty, text)
         seeds = [d.noise for d in draws]
-        return Batch(
-            latents, text, noise(seeds, latents.shape[1:], self.device), self._put(levels), self._rows(planned)
-        )
+        grey = planned.pool.grey(self.device) if self.conditioning.takes_grey else None
+        given = self.conditioning.given(read, grey, [self.conditioning.choose(d.condition) for d in draws])
+        drawn = noise(seeds, latents.shape[1:], self.device)
+        return Batch(latents, text, drawn, self._put(levels), self._rows(planned), given)
 
     def _rows(self, planned: _Round) -> torch.Tensor | None:
         """Tokens at which attention outputs are compared: the same on every process."""
@@ -145,6 +148,4 @@ class Feeder:
         return self._put(rows.tolist())
 
     def _put(self, values: list) -> torch.Tensor:
-        """A small tensor on the device, without waiting for what the device is at."""
-        tensor = torch.tensor(values)
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+        return put(torch.tensor(values), self.device)

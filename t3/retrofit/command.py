@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..cli import BAD_INPUT, let_segments_grow, quiet_libraries, run, say
 from ..errors import T3Error
+from ..parallel.faults import leave
 from .config import Config, read_config
 
 USAGE = """python -m t3.retrofit CONFIG.toml [--dry-run] [--resume]
@@ -61,6 +62,11 @@ def train(args: argparse.Namespace, started: float) -> int:
     from .data import open_clips
 
     found = model.find(config.model)
+    config = model.at_its_noise(config, found)
+    if config.samples.prompts:
+        from .samples import check_asked
+
+        check_asked(found, config.samples)
     clips = open_clips(config.data, found.config, config.model.text_tokens)
     if args.dry_run:
         from .estimate import describe
@@ -73,7 +79,7 @@ def train(args: argparse.Namespace, started: float) -> int:
     if accelerator.is_main_process:
         say(f"{found.name}: plan {found.plan.name!r}, {found.reason}")
         say(f"{clips.count} clips to train on, {len(clips.held_out)} held out")
-        for note in (*clips.notes, *model.check_grids(found, clips)):
+        for note in (*model.describe(found, clips), *clips.notes, *model.check_grids(found, clips)):
             say(note)
     folder.mkdir(parents=True, exist_ok=True)
     session = start(config, found, clips, accelerator)
@@ -90,6 +96,8 @@ def train(args: argparse.Namespace, started: float) -> int:
     status = loop.run()
     if accelerator.num_processes > 1:
         accelerator.end_training()
+        # All is on disk. Threads of the processes' group that outlive it abort an interpreter that ends, now and then.
+        leave(status)
     return status
 
 

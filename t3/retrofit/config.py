@@ -15,10 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import T3Error
+from .shards import ENDS, FIRST
 from .tables import build, choice, number, unknown, words
 
 TARGETS = ("self-attention", "cross-attention", "ffn")
 SMALL = ("norms", "biases", "modulation")
+# What of a clip a model is given beside its caption: nothing, the first frame, the first and the last one.
+NONE = "none"
+CONDITIONS = (NONE, FIRST, ENDS)
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,8 @@ class Model:
     """`[model]`: the weights to start from and the attention to train.
 
     source: diffusers folder or hub id. dit, vae, text_encoder, tokenizer: single files in place of its parts.
-    part: which expert of a two-expert model is trained. t3_weights, loras: files applied before training starts.
+    part: which expert of a two-expert model is trained, at its own noise levels. boundary: the noise level where the
+    second takes over from the first; 0 is what the model says. t3_weights, loras: files applied before training starts.
     plan: "auto" (what the weights carry, else the released one), a preset or a JSON file. dense_layers: numbers of
     layers that keep full attention, from 0. branches: "both" is T3; one alone is for comparison.
     text_tokens: text embeddings are padded with zeros to so many, as the pipeline does when it samples.
@@ -38,6 +43,7 @@ class Model:
     text_encoder: str = ""
     tokenizer: str = ""
     part: str = choice("transformer", "transformer_2")
+    boundary: float = number(0.0, at_least=0, at_most=1)
     t3_weights: str = ""
     loras: tuple[str, ...] = ()
     plan: str = "auto"
@@ -59,14 +65,17 @@ class Data:
     """`[data]`: encoded clips (`python -m t3.retrofit encode`).
 
     validation: folders whose clips are only measured. holdout: without such folders, so many clips of each set, the
-    last ones, are kept from training. caption_dropout: part of the clips trained without caption. resident: whether
-    all clips wait on the training device; "auto" does so where they take less than a quarter of what is free.
+    last ones, are kept from training. caption_dropout: part of the clips trained without caption. conditions: shares
+    of the clips by what the model is given of them, out of `CONDITIONS`; empty is what the kind of model always takes.
+    resident: whether all clips wait on the training device; "auto" does so where they take less than a quarter of what
+    is free.
     """
 
     sets: tuple[DataSet, ...] = ()
     validation: tuple[str, ...] = ()
     holdout: int = number(0, at_least=0)
     caption_dropout: float = number(0.1, at_least=0, at_most=1)
+    conditions: dict[str, float] = field(default_factory=dict)
     resident: str = choice("auto", "device", "host")
 
 
@@ -118,8 +127,9 @@ class Stage:
     training_seconds are those of the steps alone, without start, compilation, validation and writing.
     lr rises over the part `warmup` of the stage, then follows `decay` down to `final_lr` times itself.
     flow, velocity, attention: weights of the objectives (see `objectives`). inputs: what layers get where attention
-    outputs are compared. queries: tokens compared in each layer. shift, sigma_min, sigma_max, noise: how noise levels
-    are drawn. mix: share of the batches that each data set gives; empty means by number of clips.
+    outputs are compared. queries: tokens compared in each layer. noise, shift, sigma_min, sigma_max: how noise levels
+    are drawn, and shifted; of all these those from sigma_min to sigma_max. mix: share of the batches that each data set
+    gives; empty means by number of clips.
     windows_from_dense, merge_from_lse: part of the stage over which window counts grow from one to the plan's, and
     over which the merge of the branches goes from their log-sum-exp to the mean; 0 is at once. window_levels: how many
     different counts are passed.
@@ -177,9 +187,14 @@ class Validation:
 
 @dataclass(frozen=True)
 class Samples:
-    """`[samples]`: clips sampled with the averaged weights every `every` steps and at the end; none without prompts."""
+    """`[samples]`: clips sampled with the averaged weights every `every` steps and at the end; none without prompts.
+
+    images, last_images: for models that take them, a file for each prompt.
+    """
 
     prompts: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
+    last_images: tuple[str, ...] = ()
     every: int = number(0, at_least=0)
     height: int = number(480, at_least=16)
     width: int = number(832, at_least=16)
@@ -330,6 +345,13 @@ def _check(config: Config) -> None:
         raise T3Error('it names no data. Add a table [[data.sets]] with name = "..." and folder = "...".')
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise T3Error(f"two of [[data.sets]] are called {twice!r}. Give each a name of its own.")
+    for name, share in config.data.conditions.items():
+        if name not in CONDITIONS:
+            raise unknown(name, CONDITIONS, "[data] conditions")
+        if share < 0:
+            raise T3Error(f"[data] conditions: the share of {name!r} is {share:g}, below 0. Nearest: 0.")
+    if config.data.conditions and not sum(config.data.conditions.values()):
+        raise T3Error("[data] conditions: the shares add up to nothing. Give at least one of them a share above 0.")
     for i, stage in enumerate(config.stages, 1):
         where = f"[[stages]] {i} ({stage.name})"
         for name in stage.mix:
@@ -349,5 +371,13 @@ def _check(config: Config) -> None:
         raise T3Error("[train] compile does not go with the attention objective, which looks into the blocks.")
     if config.trainable.also and config.trainable.what == "everything":
         raise T3Error('[trainable] also is for what = "lora"; with "everything" these are trained already.')
+    for name in ("images", "last_images"):
+        files = getattr(config.samples, name)
+        if files and len(files) != len(config.samples.prompts):
+            raise T3Error(
+                f"[samples] {name} has {len(files)} files for {len(config.samples.prompts)} prompts; give one for each."
+            )
+    if config.samples.last_images and not config.samples.images:
+        raise T3Error("[samples] last_images goes with images; give the first frames too.")
     if config.validation.draws > (most := config.validation.levels):
         raise T3Error(f"[validation] draws is {config.validation.draws}, more than levels. Nearest: {most}.")

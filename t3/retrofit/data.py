@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ..errors import T3Error
+from .conditioning import Conditioning
 from .draws import ORDER, POOL, generator
 from .shards import Encoded, Shards, Stored, open_shards
 
@@ -31,52 +32,72 @@ class Reference:
     def load(self) -> Encoded:
         return self.shards.load(self.number)
 
+    def read(self, tokens: int, given: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The clip's tensors in bfloat16 on the CPU: latents, text padded to `tokens`, and those named in `given`."""
+        clip = self.load()
+        tensors = {"latents": clip.latents, "text": clip.text, **{name: clip.given[name] for name in given}}
+        half = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+        return {**half, "text": pad_text(half["text"], tokens)}
+
+    def grey(self, device: torch.device) -> torch.Tensor | None:
+        """Latents `[C, T, H, W]` of a grey clip of this one's size on `device`, where the data set has them."""
+        found = self.shards.grey(self.stored.latents)
+        return None if found is None else found.to(device, torch.bfloat16)
+
 
 @dataclass
 class Pool:
     """Clips of one set whose latents have one shape. `texts` are padded to `tokens` rows of zeros when taken.
 
-    After `settle` the clips lie on a device as two tensors, and taking a batch reads no disk.
+    given: names of the tensors that are read beside latents and text. After `settle` the clips lie on a device, a
+    tensor for each name, and taking a batch reads no disk.
     """
 
     name: str
     shape: tuple[int, ...]
     clips: list[Reference]
     tokens: int
-    _latents: torch.Tensor | None = None
-    _texts: torch.Tensor | None = None
+    given: tuple[str, ...] = ()
+    _held: dict[str, torch.Tensor] = field(default_factory=dict)
+    _grey: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the pool in memory, in 16 bits a number."""
-        text = self.tokens * (self.clips[0].stored.text[1] if self.clips else 0)
-        return 2 * len(self.clips) * (_count(self.shape) + text)
+        if not self.clips:
+            return 0
+        stored = self.clips[0].stored
+        given = sum(_count(stored.given[name]) for name in self.given)
+        return 2 * len(self.clips) * (_count(self.shape) + self.tokens * stored.text[1] + given)
 
     def settle(self, device: torch.device) -> None:
         """Read all clips and keep them on `device`; nothing is read twice."""
-        if self._latents is not None and self._latents.device.type == device.type:
+        if self._held and self._held["latents"].device.type == device.type:
             return
-        loaded = [self._read(reference) for reference in self.clips]
-        self._latents = torch.stack([latents for latents, _ in loaded]).to(device)
-        self._texts = torch.stack([text for _, text in loaded]).to(device)
+        self._held = {name: tensor.to(device) for name, tensor in self._stacked(range(len(self.clips))).items()}
 
-    def take(self, numbers: Sequence[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents `[B, C, T, H, W]` and texts `[B, tokens, text_dim]` of these clips, on `device`."""
-        if self._latents is not None and self._texts is not None:
+    def take(self, numbers: Sequence[int], device: torch.device) -> dict[str, torch.Tensor]:
+        """Latents `[B, C, T, H, W]`, text `[B, tokens, text_dim]` and what else these clips give, on `device`."""
+        if self._held:
             index = torch.tensor(numbers)
             if device.type == "cuda":
                 index = index.pin_memory()
-            index = index.to(self._latents.device, non_blocking=True)
-            return self._latents.index_select(0, index), self._texts.index_select(0, index)
-        loaded = [self._read(self.clips[number]) for number in numbers]
-        stacked = [torch.stack(parts) for parts in zip(*loaded, strict=True)]
+            index = index.to(self._held["latents"].device, non_blocking=True)
+            return {name: tensor.index_select(0, index) for name, tensor in self._held.items()}
+        stacked = self._stacked(numbers)
         if device.type == "cuda":
-            stacked = [tensor.pin_memory() for tensor in stacked]
-        return stacked[0].to(device, non_blocking=True), stacked[1].to(device, non_blocking=True)
+            stacked = {name: tensor.pin_memory() for name, tensor in stacked.items()}
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in stacked.items()}
 
-    def _read(self, reference: Reference) -> tuple[torch.Tensor, torch.Tensor]:
-        clip = reference.load()
-        return clip.latents.to(torch.bfloat16), pad_text(clip.text.to(torch.bfloat16), self.tokens)
+    def grey(self, device: torch.device) -> torch.Tensor | None:
+        """Latents `[C, T, H, W]` of a grey clip of this size on `device`, where the data set has them."""
+        if self._grey is None or self._grey.device.type != device.type:
+            self._grey = self.clips[0].grey(device)
+        return self._grey
+
+    def _stacked(self, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
+        loaded = [self.clips[number].read(self.tokens, self.given) for number in numbers]
+        return {name: torch.stack([clip[name] for clip in loaded]) for name in loaded[0]}
 
 
 def pad_text(text: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -86,12 +107,14 @@ def pad_text(text: torch.Tensor, tokens: int) -> torch.Tensor:
 
 @dataclass
 class Clips:
-    """All that a run learns from: `pools` to train on, `held_out` to measure on, and the empty caption's embedding."""
+    """All that a run learns from: `pools` to train on, `held_out` to measure on, the empty caption's embedding, and how
+    the model is told of images."""
 
     pools: list[Pool]
     held_out: list[Reference]
     empty: torch.Tensor | None
     notes: list[str] = field(default_factory=list)
+    conditioning: Conditioning = field(default_factory=Conditioning)
 
     @property
     def count(self) -> int:
@@ -105,13 +128,15 @@ class Clips:
 def open_clips(data: Data, transformer: Mapping[str, Any], tokens: int) -> Clips:
     """Open every data set and check it against the model's config. No clip is read.
 
-    Raises `T3Error` for a set that is missing or empty, made for another model, or texts longer than `tokens`.
+    Raises `T3Error` for a set that is missing or empty, made for another model, without what this kind of model is
+    given, or texts longer than `tokens`.
     """
+    conditioning = Conditioning.of(transformer, data.conditions)
     pools: dict[tuple[str, tuple[int, ...]], Pool] = {}
     held_out: list[Reference] = []
     empty, notes = None, []
     for entry in data.sets:
-        references = _references(entry.folder, transformer, tokens)
+        references = _references(entry.folder, transformer, tokens, conditioning)
         if not data.validation and data.holdout:
             if data.holdout >= len(references):
                 raise T3Error(
@@ -122,24 +147,27 @@ def open_clips(data: Data, transformer: Mapping[str, Any], tokens: int) -> Clips
             held_out += kept
         for reference in references:
             shape = reference.stored.latents
-            pools.setdefault((entry.name, shape), Pool(entry.name, shape, [], tokens)).clips.append(reference)
+            pool = Pool(entry.name, shape, [], tokens, conditioning.tensors)
+            pools.setdefault((entry.name, shape), pool).clips.append(reference)
         found = references[0].shards.empty_text()
         empty = found if empty is None else empty
         skipped = len(references[0].shards.index["skipped"])
         if skipped:
             notes.append(f"{entry.folder}: {skipped} sources were skipped when it was encoded (see its index.json).")
     for folder in data.validation:
-        held_out += _references(folder, transformer, tokens)
+        held_out += _references(folder, transformer, tokens, conditioning)
     if data.caption_dropout and empty is None:
         raise T3Error(
             f"[data] caption_dropout is {data.caption_dropout}, but no data set holds the empty caption's embedding. "
             "Set it to 0, or encode the data again with this release."
         )
     padded = None if empty is None else pad_text(empty.to(torch.bfloat16), tokens)
-    return Clips(list(pools.values()), held_out, padded, notes)
+    return Clips(list(pools.values()), held_out, padded, notes, conditioning)
 
 
-def _references(folder: str, transformer: Mapping[str, Any], tokens: int) -> list[Reference]:
+def _references(
+    folder: str, transformer: Mapping[str, Any], tokens: int, conditioning: Conditioning
+) -> list[Reference]:
     shards = open_shards(folder)
     if not shards.clips:
         raise T3Error(f"{folder} holds no clip. Its index.json says what was skipped, and why.")
@@ -163,6 +191,14 @@ def _references(folder: str, transformer: Mapping[str, Any], tokens: int) -> lis
             )
         if any(length % size for length, size in zip(clip.latents[1:], patch, strict=True)):
             raise T3Error(f"{where} has latents of {clip.latents[1:]}, which patches of {tuple(patch)} do not divide.")
+        conditioning.check(clip, where, tokens)
+    if conditioning.takes_grey:
+        for shape in sorted({clip.latents for clip in shards.clips}):
+            if shards.grey(shape) is None:
+                raise T3Error(
+                    f"{folder} lacks latents {list(shape)} of a grey clip, which a VACE model is given for what it is "
+                    "to make. Run the encode of this folder once more with the VACE model as --model: it adds them."
+                )
     return [Reference(shards, number) for number in range(len(shards.clips))]
 
 

@@ -6,6 +6,7 @@ A run that is resumed, or spread over more processes, draws the same numbers for
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -20,18 +21,21 @@ def generator(seed: int, *what: int) -> np.random.Generator:
 
 @dataclass(frozen=True)
 class SampleDraws:
-    """What is random for one clip of one step: `u` and `drop` uniform in [0, 1), `normal` normal, a seed for noise."""
+    """What is random for one clip of one step: `u`, `drop` and `condition` uniform in [0, 1), `normal` normal, a seed
+    for noise."""
 
     u: float
     normal: float
     drop: float
     noise: int
+    condition: float
 
 
 def sample_draws(seed: int, serial: int) -> SampleDraws:
     """The draws for the clip number `serial` that a run trains on, counted over all processes and steps."""
     numbers = generator(seed, SAMPLE, serial)
-    return SampleDraws(numbers.random(), numbers.standard_normal(), numbers.random(), int(numbers.integers(2**63)))
+    first = numbers.random(), numbers.standard_normal(), numbers.random(), int(numbers.integers(2**63))
+    return SampleDraws(*first, numbers.random())
 
 
 def noise(seeds: list[int], shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
@@ -48,7 +52,24 @@ def shifted(u: float, shift: float) -> float:
     return shift * u / (1 + (shift - 1) * u)
 
 
+def unshifted(level: float, shift: float) -> float:
+    """The `u` in [0, 1] of which `shifted` makes this noise level."""
+    return level / (shift - (shift - 1) * level)
+
+
 def noise_level(draws: SampleDraws, kind: str, shift: float, low: float, high: float) -> float:
-    """A noise level in [low, high]: `u` or the logistic of `normal`, shifted."""
-    u = draws.u if kind == "uniform" else 1 / (1 + float(np.exp(-draws.normal)))
-    return low + (high - low) * shifted(u, shift)
+    """A noise level: `u` or the logistic of `normal`, shifted; of all these, those that lie in [low, high]."""
+    first, last = unshifted(low, shift), unshifted(high, shift)
+    if kind == "uniform":
+        return shifted(first + (last - first) * draws.u, shift)
+    normal = draws.normal
+    if (first, last) != (0.0, 1.0):
+        # The same place in the part of the distribution between the two: its quantiles, not its values, are squeezed.
+        unit = NormalDist()
+        below, above = (unit.cdf(_logit(u)) for u in (first, last))
+        normal = unit.inv_cdf(min(max(below + (above - below) * unit.cdf(normal), 1e-12), 1 - 1e-12))
+    return shifted(1 / (1 + float(np.exp(-normal))), shift)
+
+
+def _logit(u: float) -> float:
+    return float(np.log(u) - np.log1p(-u)) if 0 < u < 1 else (np.inf if u >= 1 else -np.inf)

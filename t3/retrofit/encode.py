@@ -9,20 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from ..decoder import frame_count
+from ..encoder import Encoder
 from ..jobs import Clip as SampledClip
 from ..jobs import Options
 from ..pipeline import DTYPES, Engine, assemble, pick_device, pick_dtype
 from ..plan import Grid, Plan
 from ..prompts import Prompt
 from ..sources import Sources
+from ..vace import among_grey
 from ..vae import WanEncoder, encode_frames
 from ..vae.ranks import Ranks
 from ..vae.shared_encode import encode_shared
-from .buckets import NoBucket, choose
+from .buckets import Bucket, NoBucket, choose
 from .clips import BadClip, Clip, inspect_clip, read_clip
-from .shards import ShardWriter
+from .conditioning import Conditioning
+from .shards import ENDS, FIRST, IMAGE, LAST_IMAGE, ShardWriter
 
 Say = Callable[[str], None]
 _ONE_MORE = "one more"
@@ -31,7 +35,8 @@ NAMED = 10  # faults that are named on the screen; all of them are in the index
 
 @dataclass(frozen=True)
 class Asked:
-    """How clips are encoded: sizes in pixels, lengths in frames, at `fps` or as they are."""
+    """How clips are encoded: sizes in pixels, lengths in frames, at `fps` or as they are. conditions: for which of
+    `FIRST` and `ENDS` latents are kept beside."""
 
     sizes: tuple[tuple[int, int], ...]
     frames: tuple[int, ...]
@@ -40,6 +45,7 @@ class Asked:
     text_tokens: int = 512
     missing_captions: str = "skip"
     memory: int | None = None
+    conditions: tuple[str, ...] = ()
 
 
 @dataclass
@@ -67,17 +73,22 @@ class Tally:
 
 
 class Encoders:
-    """A model's VAE encoder and text encoder. `mark` tells their weights from others'."""
+    """A model's VAE encoder, text encoder and, where it has one, image encoder. `mark` tells their weights from
+    others'."""
 
     def __init__(self, sources: Sources, options: Options, text_tokens: int, ranks: Ranks | None = None) -> None:
         """ranks: processes that share the encode of every clip; rank 0 has the clips, and the others `help`."""
         self.device, self.ranks = pick_device(options.device), ranks
         dtype = DTYPES[pick_dtype(options.dtype, self.device)]
-        pipe = assemble(sources, [None], dtype, options.shift)
+        self.pipe = pipe = assemble(sources, [None], dtype, options.shift)
         self.vae = pipe.vae
         self.encoder = WanEncoder.from_state_dict(self.vae.state_dict(), self.device, dtype)
         self._texts = _TextEncoder(pipe, self.device, text_tokens)
-        self.mark = _mark(self.encoder, pipe.text_encoder)
+        self.conditioning = Conditioning.of(sources.transformer, {})
+        encoders = [self.encoder, pipe.text_encoder]
+        if self.conditioning.images:
+            encoders.append(pipe.image_encoder.to(self.device))
+        self.mark = _mark(*encoders)
 
     def latents(self, frames: torch.Tensor, memory: int | None, say: Say) -> torch.Tensor:
         """Latents `[C, T, H, W]` in the model's space of frames uint8 `[1, frames, H, W, 3]`."""
@@ -87,6 +98,26 @@ class Encoders:
             self.ranks.words(_ONE_MORE)
             found = encode_shared(self.encoder, frames, self.ranks, memory=memory, say=say)
         return normalised(found, self.vae)[0]
+
+    @torch.no_grad()
+    def given(
+        self, frames: torch.Tensor, conditions: Sequence[str], memory: int | None, say: Say
+    ) -> dict[str, torch.Tensor]:
+        """What models are given of a clip, by the names of `shards.GIVEN`: frames uint8 `[1, frames, H, W, 3]`."""
+        ends = {0: frames[0, 0], -1: frames[0, -1]}
+        pictures = {FIRST: {0: ends[0]}, ENDS: ends}
+        _, count, height, width, _ = frames.shape
+        kept = {name: among_grey(count, height, width, pictures[name]) for name in conditions}
+        found = {name: self.latents(clip, memory, say) for name, clip in kept.items()}
+        if self.conditioning.images:
+            images = [Image.fromarray(picture.numpy()) for picture in ends.values()][: self.conditioning.images]
+            embedded = self.pipe.encode_image(images, self.device).cpu()
+            found.update(zip((IMAGE, LAST_IMAGE), embedded, strict=False))
+        return found
+
+    def grey(self, bucket: Bucket, memory: int | None, say: Say) -> torch.Tensor:
+        """Latents `[C, T, H, W]` of a clip of middle grey."""
+        return self.latents(among_grey(bucket.frames, bucket.height, bucket.width, {}), memory, say)
 
     def help(self, memory: int | None, say: Say) -> None:
         """On other ranks than 0: their share of every clip, until rank 0 calls `no_more`."""
@@ -149,6 +180,10 @@ def encode_clips(
 ) -> Tally:
     """Encode all clips that `writer` does not have yet. A clip that cannot be used is skipped, counted and named."""
     done, tally = writer.done, Tally()
+    # Clips that were encoded before for a model that takes none of it.
+    for stored in (entry for shard in writer.index["shards"] for entry in shard["clips"]):
+        bucket = Bucket(stored["height"], stored["width"], stored["frames"])
+        _add_grey(encoders, writer, stored["latents"], bucket, asked, say)
     for clip in watch(clips):
         if clip.source in done:
             tally.before += 1
@@ -165,9 +200,12 @@ def encode_clips(
             tally.skipped[clip.source] = str(error)
             writer.skip(clip.source, str(error))
             continue
+        latents = encoders.latents(frames, asked.memory, say)
+        _add_grey(encoders, writer, latents.shape, bucket, asked, say)
         writer.add(
-            encoders.latents(frames, asked.memory, say),
+            latents,
             encoders.text(clip.caption or ""),
+            given=encoders.given(frames, asked.conditions, asked.memory, say),
             caption=clip.caption or "",
             source=clip.source,
             frames=bucket.frames,
@@ -177,6 +215,14 @@ def encode_clips(
         )
         tally.encoded += 1
     return tally
+
+
+def _add_grey(
+    encoders: Encoders, writer: ShardWriter, shape: Sequence[int], bucket: Bucket, asked: Asked, say: Say
+) -> None:
+    """Latents of a grey clip of this shape, for models that take them, once for each."""
+    if encoders.conditioning.takes_grey and writer.lacks_grey(shape):
+        writer.grey(encoders.grey(bucket, asked.memory, say))
 
 
 def sample_clips(
@@ -196,6 +242,9 @@ def sample_clips(
     engine = Engine.load(sources, Plan.preset("dense"), options, grid, say)
     encoder = _TextEncoder(engine.pipe, engine.device, text_tokens)
     writer.empty_text(encoder(""))
+    if sources.is_vace:
+        grey = Encoder(engine.vae, engine.device)(among_grey(like.frames, like.height, like.width, {}))
+        writer.grey(normalised(grey, engine.vae)[0])
     for number, prompt in todo:
         seed = like.seed + number if prompt.seed is None else prompt.seed
         latents = engine.sample(replace(like, prompt=prompt.text, seed=seed))
@@ -228,6 +277,7 @@ def folder_facts(asked: Asked, mark: str) -> dict[str, Any]:
         "frames": list(asked.frames),
         "fps": asked.fps,
         "encoders": mark,
+        **({"conditions": list(asked.conditions)} if asked.conditions else {}),
     }
 
 

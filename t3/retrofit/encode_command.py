@@ -13,6 +13,7 @@ from ..parallel import faults
 from ..parallel.world import World
 from .buckets import check_buckets, parse_size
 from .clips import list_clips
+from .config import CONDITIONS, NONE
 
 if TYPE_CHECKING:
     from ..sources import Sources
@@ -37,10 +38,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--own-samples", metavar="PROMPTS", help="instead: sample the prompts of a file, densely")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="the data set")
     parser.add_argument("--model", help="diffusers folder or hub id; its VAE and text encoder are used")
-    for part in ("dit", "vae", "text-encoder", "tokenizer"):
+    for part in ("dit", "vae", "text-encoder", "tokenizer", "image-encoder"):
         parser.add_argument(f"--{part}", metavar="FILE", help="as in t3.generate, in place of --model")
     parser.add_argument("--size", action="append", metavar="HxW", help="a bucket, repeatable (default 480x832)")
     parser.add_argument("--frames", action="append", type=int, help="a length, repeatable (default 81)")
+    parser.add_argument(
+        "--condition",
+        action="append",
+        choices=CONDITIONS[1:],
+        help="also keep latents of the clip's first frame, or of its first and last (ends), for models that are given "
+        "them; repeatable (what the model always takes is kept anyway)",
+    )
     parser.add_argument("--fps", type=float, help="take frames at this rate (default: every frame)")
     parser.add_argument("--upscale", action="store_true", help="also take clips smaller than every size")
     parser.add_argument("--text-tokens", type=int, default=512, help="longest caption, in tokens")
@@ -75,13 +83,26 @@ def encode(args: argparse.Namespace, world: World) -> int:
         vae=args.vae,
         text_encoder=args.text_encoder,
         tokenizer=args.tokenizer,
+        image_encoder=args.image_encoder,
     )
     sizes = tuple(parse_size(size) for size in args.size or ["480x832"])
     memory = None if args.memory is None else int(args.memory * 1e9)
     asked = Asked(
-        sizes, tuple(args.frames or [81]), args.fps, args.upscale, args.text_tokens, args.missing_captions, memory
+        sizes,
+        tuple(args.frames or [81]),
+        args.fps,
+        args.upscale,
+        args.text_tokens,
+        args.missing_captions,
+        memory,
+        _conditions(args.condition, sources),
     )
     check_buckets(asked.sizes, asked.frames, sources.pixels_per_token)
+    if args.own_samples and asked.conditions:
+        raise T3Error(
+            f"own samples are made of prompts alone, and {' and '.join(asked.conditions)} frames are to be given. "
+            "Sample with t3.generate, and encode its clips."
+        )
     if args.own_samples and world.size > 1:
         raise T3Error(
             f"own samples are made by one process, and {world.size} were started. Sample with t3.generate over all of "
@@ -105,6 +126,14 @@ def encode(args: argparse.Namespace, world: World) -> int:
         raise T3Error(f"{args.out} holds no clip: none could be used.")
     say(f"{args.out}: {total} clips")
     return 0
+
+
+def _conditions(asked: Sequence[str] | None, sources: Sources) -> tuple[str, ...]:
+    """For which conditions latents are kept: those asked for, or what this kind of model always takes."""
+    from .conditioning import Conditioning
+
+    usual = [name for name in Conditioning.of(sources.transformer, {}).tensors if name in CONDITIONS]
+    return tuple(name for name in CONDITIONS if name != NONE and name in (*(asked or ()), *usual))
 
 
 def _help(sources: Sources, options: Any, asked: Any, ranks: Ranks | None) -> None:

@@ -12,9 +12,11 @@ import time
 from ..cost import ModelShape, attention_pairs, other_macs
 from ..memory import GIB
 from ..plan import Grid, Partition
+from .conditioning import Conditioning
 from .config import Config, Stage
 from .data import Clips
 from .model import Found, check_grids
+from .model import describe as describe_model
 
 # Of the rate of a large matrix product: a guess for blocks of this kind, named in the text.
 SHARE = 0.35
@@ -32,7 +34,8 @@ def describe(config: Config, found: Found, clips: Clips) -> list[str]:
     lines = [f"note: {config.note}"] if config.note else []
     lines.append(f"model      {found.name}: {everything:,} parameters, of which {trained:,} are trained")
     lines.append(f"plan       {found.plan.name}, {found.reason}")
-    lines += [f"           {note}" for note in (*check_grids(found, clips), *clips.notes)]
+    notes = (*describe_model(found, clips), *check_grids(found, clips), *clips.notes)
+    lines += [f"           {note}" for note in notes]
     lines.append(
         f"data       {clips.count} clips, {clips.nbytes / GIB:.2f} GiB encoded; {len(clips.held_out)} held out"
     )
@@ -40,7 +43,7 @@ def describe(config: Config, found: Found, clips: Clips) -> list[str]:
         lines.append(f"           {pool.name}: {len(pool.clips)} of latents {' x '.join(map(str, pool.shape))}")
     grids = {pool.shape: _grid(pool.shape, found) for pool in clips.pools}
     largest = max(grids.values(), key=lambda grid: grid.tokens)
-    lines += _memory_lines(config, shape, everything, trained, largest)
+    lines += _memory_lines(config, memory(config, shape, everything, trained, largest, clips.conditioning), largest)
     if torch.cuda.is_available() and config.train.device != "cpu":
         free, total = torch.cuda.mem_get_info()
         lines.append(f"           this card has {free / GIB:.0f} of {total / GIB:.0f} GiB free")
@@ -63,25 +66,35 @@ def describe(config: Config, found: Found, clips: Clips) -> list[str]:
 def trained_parameters(config: Config, found: Found) -> int:
     """How many numbers are trained, by building the model without memory for its weights."""
     import torch
-    from diffusers import WanTransformer3DModel
 
+    from ..weights.load import transformer_class
     from .trainable import make_trainable, trained
 
     with torch.device("meta"):
-        model = WanTransformer3DModel.from_config(found.config)
+        model = transformer_class(found.config).from_config(found.config)
         make_trainable(model, config.trainable, torch.bfloat16)
     return sum(parameter.numel() for parameter in trained(model).values())
 
 
-def memory(config: Config, shape: ModelShape, everything: int, trained: int, grid: Grid) -> dict[str, float]:
+def memory(
+    config: Config,
+    shape: ModelShape,
+    everything: int,
+    trained: int,
+    grid: Grid,
+    conditioning: Conditioning | None = None,
+) -> dict[str, float]:
     """Bytes on one process's device, by what they are for, without FSDP."""
     train, full = config.train, config.trainable.what == "everything"
     compute = 2 if train.precision == "bf16" else 4
     tokens, batch = grid.tokens, train.batch
+    blocks = shape.layers + len(shape.control_layers)
     block = batch * tokens * (shape.dim * _KEPT + shape.ffn_dim * _KEPT_FFN) * compute
-    kept = block * shape.layers
+    kept = block * blocks
+    # What each VACE block adds to the layer it joins waits for it.
+    stream = (blocks + len(shape.control_layers)) * batch * tokens * shape.dim * compute
     if train.gradient_checkpointing:
-        kept = block + shape.layers * batch * tokens * shape.dim * compute
+        kept = block + stream
     parts = {
         "weights": 4.0 * everything if full else compute * (everything - trained) + 4.0 * trained,
         "gradients": 4.0 * trained,
@@ -92,14 +105,17 @@ def memory(config: Config, shape: ModelShape, everything: int, trained: int, gri
     if full and train.precision == "bf16":
         parts["bfloat16 copies of weights"] = 2.0 * everything
     if any(stage.attention and stage.inputs == "teacher" for stage in config.stages):
-        parts["the dense model's layer inputs"] = float(shape.layers * batch * tokens * shape.dim * compute)
+        parts["the dense model's layer inputs"] = float(blocks * batch * tokens * shape.dim * compute)
+    if conditioning is not None and conditioning.per_token:
+        # Six modulations for each token: once for the model, and in float32 in every block whose activations are kept.
+        of_blocks = 1 if train.gradient_checkpointing else blocks
+        parts["timesteps of each token"] = 6.0 * batch * tokens * shape.dim * (compute + 4 * of_blocks)
     if full and any(stage.teaches for stage in config.stages):
         parts["the dense teacher"] = float(compute * everything)
     return parts
 
 
-def _memory_lines(config: Config, shape: ModelShape, everything: int, trained: int, grid: Grid) -> list[str]:
-    parts = memory(config, shape, everything, trained, grid)
+def _memory_lines(config: Config, parts: dict[str, float], grid: Grid) -> list[str]:
     listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
     lines = [
         f"memory     about {sum(parts.values()) / GIB:.1f} GiB on each process for {config.train.batch} clips of "
@@ -114,8 +130,9 @@ def _memory_lines(config: Config, shape: ModelShape, everything: int, trained: i
 
 def step_macs(config: Config, stage: Stage, shape: ModelShape, found: Found, grid: Grid) -> int:
     """MACs of one step of one process: forward and backward, what is computed again, and the dense teacher's pass."""
-    layers = shape.layers
-    partitions = found.plan.partitions(grid, layers)
+    partitions = found.plan.partitions(grid, shape.layers)
+    partitions = [*partitions, *(partitions[layer] for layer in shape.control_layers)]
+    layers = len(partitions)
     products = 2 * shape.dim
     rest = other_macs(shape, grid.tokens)
 

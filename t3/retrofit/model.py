@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
 
 from ..cli import say
 from ..errors import T3Error
 from ..plan import Grid, Plan
 from ..plan_choice import resolve_plan
-from ..sources import Sources, find_sources
+from ..sources import BOUNDARY, Sources, find_sources
 from ..weights import apply_weights, identify, known_config, load_transformer, open_weights
+from ..weights.catalogue import kind_of
 from ..weights.identity import require
-from .config import Model
+from ..weights.load import transformer_class
+from .conditioning import GIVEN_WORDS, KINDS
+from .config import Config, Model
 from .operator import with_dense_layers
 
 if TYPE_CHECKING:
@@ -40,17 +43,30 @@ class Found:
     def name(self) -> str:
         return self.sources.name
 
+    @property
+    def noise_range(self) -> tuple[float, float]:
+        """The noise levels that the transformer is for: of two experts the first has those from the boundary on."""
+        boundary = self.asked.boundary or self.sources.boundary
+        if not boundary and self.sources.experts < 2:
+            return 0.0, 1.0
+        boundary = boundary or BOUNDARY[self.sources.needs_image]
+        return (0.0, boundary) if self.asked.part == "transformer_2" else (boundary, 1.0)
+
 
 def find(asked: Model) -> Found:
     """Find and check the model and its plan; headers are read, no weights. Raises `T3Error`."""
     sources = _sources(asked)
-    if sources.needs_image or sources.is_vace:
+    if (kind := kind_of(sources.transformer)) not in KINDS:
         raise T3Error(
-            f"{sources.name} takes {'control clips' if sources.is_vace else 'an image'} beside the text; only "
-            "text-to-video models can be trained. Train the one of the same family and size: a LoRA of its blocks fits."
+            f"{sources.name} takes {sources.transformer['in_channels']} channels and makes "
+            f"{sources.transformer['out_channels']}, which is none of what can be trained: {', '.join(KINDS)} (found: "
+            f"{kind}). Train the text-to-video model of the same family and size: a LoRA of its blocks fits."
         )
-    if asked.part == "transformer_2" and sources.experts < 2:
-        raise T3Error(f'[model] part is "transformer_2", and {sources.name} has one transformer. Use "transformer".')
+    if asked.part == "transformer_2" and sources.experts < 2 and not asked.boundary:
+        raise T3Error(
+            f'[model] part is "transformer_2", and {sources.name} has one transformer. Use "transformer"; or, if the '
+            "file is A14B's expert for low noise, say up to where: boundary = 0.875 (image-to-video: 0.9)."
+        )
     plan, reason = resolve_plan(asked.plan, sources)
     return Found(asked, sources, with_dense_layers(plan, asked.dense_layers, sources.transformer["num_layers"]), reason)
 
@@ -72,19 +88,47 @@ def _sources(asked: Model) -> Sources:
     return alone
 
 
-def load(found: Found, dtype: torch.dtype) -> WanTransformer3DModel:
+def at_its_noise(config: Config, found: Found) -> Config:
+    """`config` with every stage at noise levels that the trained transformer is for. Raises `T3Error` where a stage
+    has none."""
+    low, high = found.noise_range
+    stages = []
+    for number, stage in enumerate(config.stages, 1):
+        first, last = max(low, stage.sigma_min), min(high, stage.sigma_max)
+        if first >= last:
+            raise T3Error(
+                f"[[stages]] {number} ({stage.name}) has noise levels {stage.sigma_min:g} to {stage.sigma_max:g}, and "
+                f"this expert is for {low:g} to {high:g}. Leave sigma_min and sigma_max out, or train the other part."
+            )
+        stages.append(replace(stage, sigma_min=first, sigma_max=last))
+    return replace(config, stages=tuple(stages))
+
+
+def load(found: Found, dtype: torch.dtype) -> WanTransformer3DModel | WanVACETransformer3DModel:
     """Load the transformer on the CPU, in `dtype` save what the library keeps in float32, with everything applied."""
     from ..pipeline import fetch_folder, load_part
 
-    sources, second = found.sources, found.asked.part == "transformer_2"
+    sources, part = found.sources, found.asked.part if found.sources.experts > 1 else "transformer"
     if sources.dits:
-        transformer = load_transformer(sources.dits[-1 if second else 0], dtype=dtype)
+        transformer = load_transformer(sources.dits[-1 if part == "transformer_2" else 0], dtype=dtype)
     else:
-        transformer = load_part(WanTransformer3DModel, fetch_folder(sources), found.asked.part, dtype)
+        transformer = load_part(transformer_class(sources.transformer), fetch_folder(sources), part, dtype)
     for adapter in (*sources.t3_weights, *sources.loras):
         report = apply_weights(transformer, open_weights(adapter.path), adapter.strength)
         say(f"{adapter.path.name}: {report.describe()}")
     return transformer
+
+
+def describe(found: Found, clips: Clips) -> list[str]:
+    """In words, what the model is given beside the text, and which noise it is for, where either is special."""
+    conditioning, lines = clips.conditioning, []
+    if conditioning.kind != "t2v":
+        shares = ", ".join(f"{GIVEN_WORDS[name]} {share:.0%}" for name, share in conditioning.shares)
+        lines.append(f"{KINDS[conditioning.kind]}; of the clips it is given: {shares}")
+    if found.noise_range != (0.0, 1.0):
+        low, high = found.noise_range
+        lines.append(f'[model] part = "{found.asked.part}": an expert for noise levels {low:g} to {high:g}')
+    return lines
 
 
 def check_grids(found: Found, clips: Clips) -> list[str]:

@@ -6,6 +6,8 @@ velocity   mean |v(x_t) - v_dense(x_t)|^2, v_dense: the untouched model with den
 attention  mean over layers of |a_i - a_dense_i|^2 / mean a_dense_i^2, a: the self-attention's output (after its
            projection) at the sampled tokens. Both get the same input of layer i: the dense model's own ("teacher"),
            which takes a dense pass, or the trained model's ("student"), where only the sampled tokens are dense.
+
+Means of velocities are over what is to be made: a latent frame that a clip is given without noise does not count.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from ..attention import attend_window
 from ..backends import Backend, Situation, choose
 from ..plan import Grid
+from ..processor import self_attentions
+from .conditioning import Given, clip_errors, model_inputs
 from .config import Stage
 from .operator import Operator, projected
 from .teacher import Teacher
@@ -30,13 +34,14 @@ LOSSES = ("flow", "velocity", "attention")
 
 class Batch(NamedTuple):
     """One round of one process: latents and noise `[B, C, T, H, W]`, text `[B, tokens, dim]`, sigma `[B]` in float32,
-    and the tokens `[queries]` at which attention outputs are compared, or None."""
+    the tokens `[queries]` at which attention outputs are compared, or None, and what the model is given beside."""
 
     latents: torch.Tensor
     text: torch.Tensor
     noise: torch.Tensor
     sigma: torch.Tensor
     rows: torch.Tensor | None = None
+    given: Given = Given()
 
 
 class _Compared(NamedTuple):
@@ -73,15 +78,17 @@ class Objective(torch.nn.Module):
         """
         latents, noise = batch.latents.float(), batch.noise
         sigma = batch.sigma.view(-1, 1, 1, 1, 1)
-        inputs = {
-            "hidden_states": ((1 - sigma) * latents + sigma * noise).to(self.dtype),
-            "timestep": batch.sigma * TIMESTEPS,
+        noisy = (1 - sigma) * latents + sigma * noise
+        patch = self.transformer.config.patch_size
+        told = model_inputs(noisy, latents, batch.sigma * TIMESTEPS, batch.given, patch)
+        inputs: dict[str, Any] = {
+            **{name: x if name == "timestep" else x.to(self.dtype) for name, x in told.items()},
             "encoder_hidden_states": batch.text.to(self.dtype),
             "return_dict": False,
         }
         if per_clip:
             velocity = self.transformer(**inputs)[0].float()
-            return (velocity - (noise - latents)).square().flatten(1).mean(1)
+            return clip_errors(velocity - (noise - latents), batch.given)
         losses: dict[str, torch.Tensor] = {}
         by_teacher = bool(stage.attention) and stage.inputs == "teacher"
         by_student = bool(stage.attention) and stage.inputs == "student"
@@ -94,9 +101,9 @@ class Objective(torch.nn.Module):
             with _watching(self.transformer, batch.rows if by_student else None, self._against_dense) as compared:
                 velocity = self.transformer(**inputs)[0].float()
             if stage.flow:
-                losses["flow"] = (velocity - (noise - latents)).square().mean()
+                losses["flow"] = clip_errors(velocity - (noise - latents), batch.given).mean()
             if stage.velocity:
-                losses["velocity"] = (velocity - target).square().mean()
+                losses["velocity"] = clip_errors(velocity - target, batch.given).mean()
             if by_student:
                 losses["attention"] = torch.stack([relative_error(*compared[i]) for i in sorted(compared)]).mean()
         total = sum(getattr(stage, name) * loss for name, loss in losses.items())
@@ -113,39 +120,39 @@ class Objective(torch.nn.Module):
         patch = self.transformer.config.patch_size
         self.operator.place(Grid(*(n // p for n, p in zip(hidden_states.shape[2:], patch, strict=True))))
         losses = []
-        for layer, block in enumerate(self.transformer.blocks):
-            inputs, rotary, wanted = given[layer]
+        for number, (attention, _) in enumerate(self_attentions(self.transformer)):
+            inputs, rotary, wanted = given[number]
             if self.transformer.gradient_checkpointing:
-                out = checkpoint(block.attn1, inputs, None, None, rotary, use_reentrant=False)
+                out = checkpoint(attention, inputs, None, None, rotary, use_reentrant=False)
             else:
-                out = block.attn1(inputs, None, None, rotary)
+                out = attention(inputs, None, None, rotary)
             losses.append(relative_error(out[:, rows], wanted))
         return torch.stack(losses).mean()
 
-    def _against_dense(self, layer: int, inputs, rotary, found, rows) -> _Compared:
-        """Of a layer that has just run: what it gave, and what dense attention gives on the same input."""
+    def _against_dense(self, number: int, inputs, rotary, found, rows) -> _Compared:
+        """Of a self-attention that has just run: what it gave, and what dense attention gives on the same input."""
         with self.teacher.on() as dense:
-            attention = dense.blocks[layer].attn1
+            attention = self_attentions(dense)[number][0]
             return _Compared(found, dense_rows(attention, inputs.detach(), rotary, rows, self.operator.backend))
 
 
 @contextlib.contextmanager
 def _watching(transformer, rows, look):
-    """Collect, by layer, what `look(layer, inputs, rotary, output at rows, rows)` makes of every self-attention.
+    """Collect, by number, what `look(number, inputs, rotary, output at rows, rows)` makes of every self-attention.
 
     Without rows nothing is collected. Only the sampled tokens' outputs are kept: all of them, of all layers, would
     take as much memory as the checkpointed activations.
     """
     seen: dict[int, Any] = {}
 
-    def watch(layer):
+    def watch(number):
         def hook(module, arguments, output):
-            seen[layer] = look(layer, arguments[0], arguments[3], _Rows.apply(output, rows), rows)
+            seen[number] = look(number, arguments[0], arguments[3], _Rows.apply(output, rows), rows)
 
         return hook
 
-    blocks = [] if rows is None else transformer.blocks
-    handles = [block.attn1.register_forward_hook(watch(layer)) for layer, block in enumerate(blocks)]
+    watched = [] if rows is None else self_attentions(transformer)
+    handles = [attention.register_forward_hook(watch(i)) for i, (attention, _) in enumerate(watched)]
     try:
         yield seen
     finally:
@@ -172,7 +179,7 @@ class _Rows(torch.autograd.Function):
         return whole, None
 
 
-def _given(layer: int, inputs, rotary, found, rows) -> _Given:
+def _given(number: int, inputs, rotary, found, rows) -> _Given:
     return _Given(inputs, rotary, found)
 
 

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from diffusers import WanTransformer3DModel
-from diffusers.models.transformers.transformer_wan import _get_qkv_projections
+from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttention, _get_qkv_projections
 
 from ..backends import Backend
 from ..errors import T3Error
 from ..plan import Grid, Layer, Partition, Plan
+from ..processor import self_attentions
 from .attention import training_attention
 
 
@@ -21,7 +22,7 @@ class Operator:
 
     windows: how far window counts are from one (0, dense) to the plan's (1). mean: as in `training_attention`, None
     for the mean alone. dense: full attention whatever the rest says. backend: the name of one, or one: compiled code
-    cannot look for the fastest.
+    cannot look for the fastest. layers: that of each processor; a VACE block has the one of the block it joins.
     """
 
     plan: Plan
@@ -31,6 +32,7 @@ class Operator:
     mean: torch.Tensor | None = None
     dense: bool = False
     processors: list[TrainingProcessor] = field(default_factory=list, repr=False)
+    layers: list[int] = field(default_factory=list, repr=False)
 
     def partition(self, layer: int, grid: Grid) -> Partition:
         """The window counts of a layer now."""
@@ -40,7 +42,7 @@ class Operator:
 
     def place(self, grid: Grid) -> None:
         """Tell every block's attention its grid and its window counts."""
-        for layer, processor in enumerate(self.processors):
+        for layer, processor in zip(self.layers, self.processors, strict=True):
             processor.grid, processor.partition = tuple(grid), tuple(self.partition(layer, grid))
             processor.mean = None if self.dense else self.mean
             processor.branches = self.branches
@@ -110,14 +112,19 @@ class _Norm(torch.nn.RMSNorm):
         return torch.nn.functional.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
-def install(transformer: WanTransformer3DModel, operator: Operator) -> None:
-    """Let `operator` decide the self-attention of every block of `transformer`, in place."""
-    operator.processors = [TrainingProcessor(operator.branches, operator.backend) for _ in transformer.blocks]
-    for block, processor in zip(transformer.blocks, operator.processors, strict=True):
-        block.attn1.set_processor(processor)
-        for attention in (block.attn1, block.attn2):
+def install(transformer: WanTransformer3DModel | WanVACETransformer3DModel, operator: Operator) -> None:
+    """Let `operator` decide the self-attention of every block of `transformer`, VACE blocks too, in place."""
+    attentions = self_attentions(transformer)
+    operator.layers = [layer for _, layer in attentions]
+    operator.processors = [TrainingProcessor(operator.branches, operator.backend) for _ in attentions]
+    for (attention, _), processor in zip(attentions, operator.processors, strict=True):
+        attention.set_processor(processor)
+    for module in transformer.modules():
+        if isinstance(module, WanAttention):
             # The parameters stay where they are and under their names.
-            attention.norm_q.__class__ = attention.norm_k.__class__ = _Norm
+            for norm in (module.norm_q, module.norm_k, getattr(module, "norm_added_k", None)):
+                if norm is not None:
+                    norm.__class__ = _Norm
     patch = transformer.config.patch_size
 
     def before_forward(module, args, kwargs):

@@ -6,15 +6,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import WanImageToVideoPipeline
 
 from ..decoder import decode_frames
+from ..encoder import Encoder
 from ..errors import T3Error
+from ..images import load_image
+from ..jobs import Clip
 from ..pipeline import assemble
 from ..plan import Grid
 from ..prompts import safe_name
 from ..scheduler import ReleasedScheduler
+from ..sources import Sources
+from ..vace import Control
 from ..video import open_writer
+from ..weights.catalogue import kind_of
+from .conditioning import KINDS, taken
+from .config import Samples
+from .model import Found
 from .session import Session
+from .shards import ENDS
 
 
 class Sampler:
@@ -25,15 +36,41 @@ class Sampler:
         sources, device = session.found.sources, session.accelerator.device
         Grid.from_video(asked.frames, asked.height, asked.width, sources.pixels_per_token)
         self.pipe = assemble(sources, [None], session.compute, asked.shift)
-        # Beside the transformer: the pipeline takes its device from the first module it finds.
-        self.vae, self.pipe.vae = self.pipe.vae, None
+        self.vae = self.pipe.vae
         self.pipe.text_encoder.to(device)
         texts = {"do_classifier_free_guidance": False, "max_sequence_length": session.config.model.text_tokens}
         with torch.no_grad():
             self.prompts = [self.pipe.encode_prompt(prompt, **texts, device=device)[0] for prompt in asked.prompts]
             self.negative = self.pipe.encode_prompt(negative, **texts, device=device)[0]
         self.pipe.text_encoder = self.pipe.tokenizer = None
+        self.given: list[dict[str, Any]] = [{} for _ in asked.prompts]
+        if sources.is_vace or asked.images:
+            self._give(sources, device)
+        else:
+            # Beside the transformer: the pipeline takes its device from the first module it finds.
+            self.pipe.vae = None
         self.pipe.set_progress_bar_config(desc="sampling", unit="step", leave=False)
+
+    def _give(self, sources: Sources, device: torch.device) -> None:
+        """Prepare what the model is given for each prompt, and let the pipeline encode images in exact tiles."""
+        encode, asked = Encoder(self.vae.to(device), device), self.asked
+        control = Control(encode)
+        for number, prompt in enumerate(asked.prompts):
+            paths = [Path(files[number]) if files else None for files in (asked.images, asked.last_images)]
+            size = asked.height, asked.width, asked.frames
+            if sources.is_vace:
+                self.given[number] = control.of(Clip(prompt, "", *size, asked.steps, asked.cfg, asked.seed, *paths))
+            else:
+                pictures = zip(("image", "last_image"), paths, strict=True)
+                self.given[number] = {name: load_image(path, *size[:2]) for name, path in pictures if path}
+        if sources.is_vace:
+            return
+        encode.for_pipeline()
+        if not isinstance(self.pipe, WanImageToVideoPipeline):  # Wan2.2 5B is one model for both tasks
+            parts = {**self.pipe.components, "image_encoder": None, "image_processor": None}
+            self.pipe = WanImageToVideoPipeline(**parts, expand_timesteps=True)
+        elif self.pipe.image_encoder is not None:
+            self.pipe.image_encoder.to(device)
 
     @torch.no_grad()
     def latents(self, transformer: Any, number: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -52,6 +89,7 @@ class Sampler:
                 guidance_scale=asked.cfg,
                 generator=torch.Generator("cpu").manual_seed(asked.seed + number),
                 output_type="latent",
+                **self.given[number],
             ).frames
         pipe.transformer = None
         config = self.vae.config
@@ -60,6 +98,29 @@ class Sampler:
         if not torch.isfinite(latents).all():
             raise T3Error("sampling gave values that are not numbers")
         return latents
+
+
+def check_asked(found: Found, asked: Samples) -> None:
+    """Raise `T3Error` where this model makes no samples, or takes other images than `[samples]` names."""
+    if found.noise_range != (0.0, 1.0):
+        raise T3Error(
+            "[samples] needs a whole model, and one of two experts is trained. Leave prompts empty, and sample with "
+            "t3.generate once both are: --t3-weights HIGH --t3-weights LOW."
+        )
+    kind = kind_of(found.config)
+    needed = {"i2v": ("images",), "flf2v": ("images", "last_images")}.get(kind, ())
+    takes = {"ti2v": ("images",), "vace": ("images", "last_images")}.get(kind, needed)
+    if kind == "i2v" and ENDS in taken(found.config):
+        takes = ("images", "last_images")
+    for name in ("images", "last_images"):
+        if name in needed and not getattr(asked, name):
+            raise T3Error(
+                f"[samples] lacks {name}: {KINDS[kind]} needs a file for each prompt. Or leave prompts empty."
+            )
+        if getattr(asked, name) and name not in takes:
+            raise T3Error(f"[samples] has {name}, which {KINDS[kind]} does not take. Leave the key out.")
+    for path in (*asked.images, *asked.last_images):
+        load_image(Path(path), asked.height, asked.width)
 
 
 def sample(session: Session, sampler: Sampler, folder: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from ..processor import compile_blocks
 from . import model
 from .batches import Feeder, Layout
 from .config import Config, Train
-from .data import Clips, pad_text
+from .data import Clips
 from .ema import Average
 from .model import Found
 from .objectives import Objective
@@ -44,15 +44,14 @@ class Session:
     average: Average | None
     feeder: Feeder
     before: Before
-    _held: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    _held: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
 
-    def held_out(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents and padded text of a held-out clip on the device; kept there if the clips to train on are."""
+    def held_out(self, number: int) -> dict[str, torch.Tensor]:
+        """A held-out clip's tensors, by name, on the device; kept there if the clips to train on are."""
         if number in self._held:
             return self._held[number]
-        clip, device = self.clips.held_out[number].load(), self.accelerator.device
-        text = pad_text(clip.text.to(torch.bfloat16), self.config.model.text_tokens)
-        found = clip.latents.to(device, torch.bfloat16), text.to(device)
+        tensors = self.clips.held_out[number].read(self.config.model.text_tokens, self.clips.conditioning.tensors)
+        found = {name: tensor.to(self.accelerator.device) for name, tensor in tensors.items()}
         if self.feeder.resident:
             self._held[number] = found
         return found

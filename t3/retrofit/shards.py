@@ -5,28 +5,39 @@ A data set is a folder with `index.json` and the shards it names. Clip `i` of a 
     latents.{i}  [C, T, H, W], float16 or bfloat16, in the model's own latent space (normalised, noise has variance 1)
     text.{i}     [tokens, text_dim], what the text encoder gave for the caption, without padding
 
+and, for models that are given more than text, any of
+
+    first.{i}       [C, T, H, W], latents of the clip's first frame with grey after it
+    ends.{i}        [C, T, H, W], latents of its first and last frame with grey between
+    image.{i}       [tokens, image_dim], an image encoder's embedding of its first frame
+    last_image.{i}  [tokens, image_dim], of its last frame
+
 The header's entry "clips" is a JSON list with one object a clip: caption, source, frames, height, width, fps. The
 index repeats it, so that sizes and captions are known without opening a shard, and it lists sources that were skipped.
-The embedding of the empty caption, where one was given, is a file of its own.
+The embedding of the empty caption, where one was given, is a file of its own; so are latents of grey clips, by size.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import T3Error
 from ..files import atomic_path
+from .tables import unknown
 
 if TYPE_CHECKING:
     import torch
 
 INDEX = "index.json"
 EMPTY_TEXT = "empty-text.safetensors"
+GREY = "grey.safetensors"
+FIRST, ENDS, IMAGE, LAST_IMAGE = "first", "ends", "image", "last_image"
+GIVEN = (FIRST, ENDS, IMAGE, LAST_IMAGE)  # a clip's tensors beside latents and text
 VERSION = 1
 SHARD_BYTES = 256 * 2**20
 
@@ -45,21 +56,24 @@ class ClipFacts:
 
 @dataclass(frozen=True)
 class Stored:
-    """Where one clip lies, and the shapes of its tensors: latents `[C, T, H, W]`, text `[tokens, dim]`."""
+    """Where one clip lies, and the shapes of its tensors: latents `[C, T, H, W]`, text `[tokens, dim]`, and those of
+    `GIVEN` that it has."""
 
     facts: ClipFacts
     shard: str
     place: int
     latents: tuple[int, ...]
     text: tuple[int, ...]
+    given: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 class Encoded(NamedTuple):
-    """One clip, read: latents `[C, T, H, W]`, text `[tokens, text_dim]`, and its facts."""
+    """One clip, read: latents `[C, T, H, W]`, text `[tokens, text_dim]`, its facts, and those of `GIVEN` it has."""
 
     latents: torch.Tensor
     text: torch.Tensor
     facts: ClipFacts
+    given: Mapping[str, torch.Tensor]
 
 
 class ShardWriter:
@@ -89,6 +103,7 @@ class ShardWriter:
                 )
         self._clips: list[Encoded] = []
         self._bytes = 0
+        self._greys = set(_grey(self.folder))
 
     @property
     def done(self) -> set[str]:
@@ -107,29 +122,29 @@ class ShardWriter:
         height: int,
         width: int,
         fps: float,
+        given: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         """Add a clip (see the top of this file for shapes). Other dtypes than float16 and bfloat16 become bfloat16.
 
-        Raises `T3Error` for another rank, or values that are not finite.
+        given: what a model is given beside the text, by the names in `GIVEN`.
+        Raises `T3Error` for another rank or name, or values that are not finite.
         """
-        import torch
-
+        given = given or {}
         if latents.ndim != 4 or text.ndim != 2:
             raise T3Error(
                 f"{source}: latents of shape {list(latents.shape)} and text of {list(text.shape)}; expected "
                 "[C, T, H, W] and [tokens, text_dim]."
             )
-        kept = []
-        for name, tensor in (("latents", latents), ("text", text)):
-            half = tensor.dtype in (torch.float16, torch.bfloat16)
-            tensor = tensor.detach().to("cpu", tensor.dtype if half else torch.bfloat16).contiguous().clone()
-            bad = int((~torch.isfinite(tensor)).sum())
-            if bad:
-                raise T3Error(f"{source}: {bad:,} of {tensor.numel():,} values of its {name} are not finite.")
-            kept.append(tensor)
+        for name, tensor in given.items():
+            if name not in GIVEN:
+                raise unknown(name, GIVEN, f"{source}: given")
+            if tensor.shape != latents.shape if name in (FIRST, ENDS) else tensor.ndim != 2:
+                wanted = list(latents.shape) if name in (FIRST, ENDS) else "[tokens, image_dim]"
+                raise T3Error(f"{source}: {name} has the shape {list(tensor.shape)}; expected {wanted}.")
+        kept = {name: _half(t, source, name) for name, t in {"latents": latents, "text": text, **given}.items()}
         facts = ClipFacts(caption, source, int(frames), int(height), int(width), float(fps))
-        self._clips.append(Encoded(kept[0], kept[1], facts))
-        self._bytes += sum(tensor.nbytes for tensor in kept)
+        self._bytes += sum(tensor.nbytes for tensor in kept.values())
+        self._clips.append(Encoded(kept.pop("latents"), kept.pop("text"), facts, kept))
         if self._bytes >= self.shard_bytes:
             self.flush()
 
@@ -139,13 +154,23 @@ class ShardWriter:
 
     def empty_text(self, text: torch.Tensor) -> None:
         """Keep the embedding `[tokens, text_dim]` of the empty caption, for training without captions."""
-        import torch
         from safetensors.torch import save_file
 
-        half = text.dtype in (torch.float16, torch.bfloat16)
-        tensor = text.detach().to("cpu", text.dtype if half else torch.bfloat16).contiguous().clone()
         with atomic_path(self.folder / EMPTY_TEXT, overwrite=True) as temp:
-            save_file({"text": tensor}, temp)
+            save_file({"text": _half(text, "the empty caption", "text")}, temp)
+
+    def lacks_grey(self, shape: Sequence[int]) -> bool:
+        """Whether there are no latents yet of a grey clip of this shape `[C, T, H, W]`."""
+        return _size(shape) not in self._greys
+
+    def grey(self, latents: torch.Tensor) -> None:
+        """Keep latents `[C, T, H, W]` of a clip of middle grey, which VACE models are given for what they make."""
+        from safetensors.torch import save_file
+
+        kept = {**_grey(self.folder), _size(latents.shape): _half(latents, "the grey clip", "latents")}
+        with atomic_path(self.folder / GREY, overwrite=True) as temp:
+            save_file(kept, temp)
+        self._greys = set(kept)
 
     def flush(self) -> None:
         """Write what has been added as a shard, and the index."""
@@ -161,7 +186,7 @@ class ShardWriter:
 
         tensors, clips = {}, []
         for i, clip in enumerate(self._clips):
-            tensors[f"latents.{i}"], tensors[f"text.{i}"] = clip.latents, clip.text
+            tensors.update({f"{name}.{i}": tensor for name, tensor in _tensors(clip).items()})
             clips.append(asdict(clip.facts))
         file = self.folder / f"clips-{len(self.index['shards']):05}.safetensors"
         # A shard of this name that no index lists is the rest of a run that was killed between the two writes.
@@ -170,7 +195,7 @@ class ShardWriter:
                 save_file(tensors, temp, metadata={"clips": json.dumps(clips, ensure_ascii=False)})
             except SafetensorError as error:
                 raise OSError(f"{file} could not be written: {error}") from error
-        shapes = [{"latents": list(c.latents.shape), "text": list(c.text.shape)} for c in self._clips]
+        shapes = [{name: list(tensor.shape) for name, tensor in _tensors(c).items()} for c in self._clips]
         listed = [{**facts, **shape} for facts, shape in zip(clips, shapes, strict=True)]
         self.index["shards"].append({"file": file.name, "clips": listed})
         self._clips, self._bytes = [], 0
@@ -201,10 +226,11 @@ class Shards:
         clip = self.clips[i]
         handle = self._handle(clip.shard)
         try:
-            tensors = [handle.get_tensor(f"{name}.{clip.place}") for name in ("latents", "text")]
+            names = ("latents", "text", *clip.given)
+            tensors = {name: handle.get_tensor(f"{name}.{clip.place}") for name in names}
         except Exception as error:  # safetensors raises its own class for a name that is not there
             raise T3Error(f"{self.folder / clip.shard} lacks clip {clip.place}: {error}. Encode it again.") from None
-        return Encoded(tensors[0], tensors[1], clip.facts)
+        return Encoded(tensors.pop("latents"), tensors.pop("text"), clip.facts, tensors)
 
     def empty_text(self) -> torch.Tensor | None:
         """The embedding of the empty caption, `[tokens, text_dim]`, or None where the data set has none."""
@@ -212,6 +238,10 @@ class Shards:
 
         file = self.folder / EMPTY_TEXT
         return load_file(file)["text"] if file.exists() else None
+
+    def grey(self, shape: Sequence[int]) -> torch.Tensor | None:
+        """Latents of a grey clip of this shape `[C, T, H, W]`, or None where the data set has none."""
+        return _grey(self.folder).get(_size(shape))
 
     def fingerprint(self) -> str:
         """A hash of what the index says: equal for equal data sets, whatever folder they lie in."""
@@ -235,7 +265,14 @@ def open_shards(folder: str | Path) -> Shards:
     root = Path(folder).absolute()
     index = _read_index(root)
     clips = [
-        Stored(_facts(entry, root), shard["file"], place, tuple(entry["latents"]), tuple(entry["text"]))
+        Stored(
+            _facts(entry, root),
+            shard["file"],
+            place,
+            tuple(entry["latents"]),
+            tuple(entry["text"]),
+            {name: tuple(entry[name]) for name in GIVEN if name in entry},
+        )
         for shard in index["shards"]
         for place, entry in enumerate(shard["clips"])
     ]
@@ -250,6 +287,33 @@ def read_shards(folder: str | Path, clips: Sequence[int] | None = None) -> Itera
     shards = open_shards(folder)
     for i in range(len(shards.clips)) if clips is None else clips:
         yield shards.load(i)
+
+
+def _tensors(clip: Encoded) -> dict[str, torch.Tensor]:
+    return {"latents": clip.latents, "text": clip.text, **clip.given}
+
+
+def _half(tensor: torch.Tensor, source: str, name: str) -> torch.Tensor:
+    """A copy on the CPU in 16 bits. Raises `T3Error` for values that are not finite."""
+    import torch
+
+    half = tensor.dtype in (torch.float16, torch.bfloat16)
+    tensor = tensor.detach().to("cpu", tensor.dtype if half else torch.bfloat16).contiguous().clone()
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad:
+        raise T3Error(f"{source}: {bad:,} of {tensor.numel():,} values of its {name} are not finite.")
+    return tensor
+
+
+def _size(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _grey(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    file = folder / GREY
+    return load_file(file) if file.exists() else {}
 
 
 def _facts(entry: dict[str, Any], root: Path) -> ClipFacts:

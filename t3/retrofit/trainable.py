@@ -15,10 +15,18 @@ if TYPE_CHECKING:
 
     from .config import Trainable
 
-# Modules of a block that a LoRA is put on, by the names of diffusers.
+# Modules of a block, VACE's too, that a LoRA is put on, by the names of diffusers.
 MODULES = {
     "self-attention": ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"),
-    "cross-attention": ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"),
+    # The last two read an image's embedding, in models that take one.
+    "cross-attention": (
+        "attn2.to_q",
+        "attn2.to_k",
+        "attn2.to_v",
+        "attn2.to_out.0",
+        "attn2.add_k_proj",
+        "attn2.add_v_proj",
+    ),
     "ffn": ("ffn.net.0.proj", "ffn.net.2"),
 }
 
@@ -28,7 +36,7 @@ def is_small(name: str, kinds: tuple[str, ...]) -> bool:
     last = name.rsplit(".", 1)[-1]
     return (
         ("norms" in kinds and last == "weight" and ".norm_" in name)
-        or ("biases" in kinds and last == "bias" and name.startswith("blocks."))
+        or ("biases" in kinds and last == "bias" and name.startswith(("blocks.", "vace_blocks.")))
         or ("modulation" in kinds and last == "scale_shift_table")
     )
 
@@ -63,7 +71,7 @@ def _add_lora(transformer: WanTransformer3DModel, asked: Trainable) -> None:
     config = LoraConfig(
         r=asked.rank,
         lora_alpha=asked.alpha or asked.rank,  # type: ignore[arg-type]  # peft divides it by r
-        target_modules=rf"blocks\.\d+\.({'|'.join(modules)})",
+        target_modules=rf"(vace_)?blocks\.\d+\.({'|'.join(modules)})",
         init_lora_weights=True,
     )
     transformer.add_adapter(config)

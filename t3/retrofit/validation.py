@@ -19,7 +19,7 @@ import torch
 from ..files import atomic_path
 from .config import Stage, Validation
 from .data import Reference
-from .draws import VALIDATION, generator, noise, shifted
+from .draws import VALIDATION, generator, noise, shifted, unshifted
 from .objectives import Batch
 
 if TYPE_CHECKING:
@@ -30,12 +30,14 @@ BANDS = {"low": (0.0, 1 / 3), "middle": (1 / 3, 2 / 3), "high": (2 / 3, 1.001)}
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement to make: which held-out clip, which of its draws, at what noise level, with which noise."""
+    """One measurement to make: which held-out clip, which of its draws, at what noise level, with which noise; and a
+    number in [0, 1) that decides what the model is given."""
 
     clip: int
     draw: int
     sigma: float
     noise: int
+    condition: float
 
 
 @dataclass(frozen=True)
@@ -68,15 +70,17 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def points(clips: int, asked: Validation) -> list[Point]:
-    """What is measured on so many clips."""
+def points(clips: int, asked: Validation, low: float = 0.0, high: float = 1.0) -> list[Point]:
+    """What is measured on so many clips, at noise levels in [low, high]."""
     found, stride = [], _stride(asked.levels)
+    first, last = unshifted(low, asked.shift), unshifted(high, asked.shift)
     for clip in range(clips):
         for draw in range(asked.draws):
             numbers = generator(asked.seed, VALIDATION, clip, draw)
             stratum = (clip * stride + draw * asked.levels // asked.draws) % asked.levels
-            u = (stratum + numbers.random()) / asked.levels
-            found.append(Point(clip, draw, shifted(u, asked.shift), int(numbers.integers(2**63))))
+            u = first + (last - first) * (stratum + numbers.random()) / asked.levels
+            seed = int(numbers.integers(2**63))
+            found.append(Point(clip, draw, shifted(u, asked.shift), seed, numbers.random()))
     return found
 
 
@@ -89,7 +93,7 @@ def _stride(levels: int) -> int:
 def warm_up(session: Session, asked: Validation) -> None:
     """Run one round for each size of clip: compiling and choosing kernels is then done."""
     seen = set()
-    for point in points(_clips(session, asked), asked):
+    for point in _points(session, asked):
         shape = session.clips.held_out[point.clip].stored.latents
         if shape not in seen:
             seen.add(shape)
@@ -99,10 +103,10 @@ def warm_up(session: Session, asked: Validation) -> None:
             session.objective.train()
 
 
-def _clips(session: Session, asked: Validation) -> int:
-    """How many held-out clips are measured."""
+def _points(session: Session, asked: Validation) -> list[Point]:
+    """What is measured of this run's held-out clips, at the noise that its transformer is for."""
     there = len(session.clips.held_out)
-    return min(there, asked.clips) if asked.clips else there
+    return points(min(there, asked.clips) if asked.clips else there, asked, *session.found.noise_range)
 
 
 def _size(session: Session, asked: Validation) -> int:
@@ -114,7 +118,7 @@ def _size(session: Session, asked: Validation) -> int:
 def measure(session: Session, asked: Validation) -> Measured:
     """Measure the averaged weights (if there are any) with the plan's own operator. Every process takes its share."""
     operator = session.operator
-    chosen = points(_clips(session, asked), asked)
+    chosen = _points(session, asked)
     was = operator.windows, operator.mean
     operator.windows, operator.mean = 1.0, None
     session.objective.eval()
@@ -151,7 +155,11 @@ def _errors(session: Session, chosen: list[Point], size: int) -> list[float]:
 
 
 def _batch(session: Session, some: list[Point]) -> Batch:
-    device = session.accelerator.device
-    latents, text = (torch.stack(parts) for parts in zip(*(session.held_out(p.clip) for p in some), strict=True))
+    device, conditioning = session.accelerator.device, session.clips.conditioning
+    loaded = [session.held_out(point.clip) for point in some]
+    clips = {name: torch.stack([clip[name] for clip in loaded]) for name in loaded[0]}
+    grey = session.clips.held_out[some[0].clip].grey(device) if conditioning.takes_grey else None
+    given = conditioning.given(clips, grey, [conditioning.choose(point.condition) for point in some])
     sigma = torch.tensor([point.sigma for point in some], device=device)
-    return Batch(latents, text, noise([point.noise for point in some], latents.shape[1:], device), sigma)
+    drawn = noise([point.noise for point in some], clips["latents"].shape[1:], device)
+    return Batch(clips["latents"], clips["text"], drawn, sigma, given=given)
