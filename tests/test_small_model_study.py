@@ -162,7 +162,7 @@ def test_jobs_train_measure_and_leave_results(base, capsys):
     untuned, dense = Job(MEASURE, "untuned", "tiny"), Job(MEASURE, "dense", "dense")
     for job in (untuned, dense):
         assert trainer.run(job, 0.0, True, results) > 0
-    assert results.get(untuned)["steps"] == [0] and results.get(untuned)["training_seconds"] < 0.05
+    assert results.get(untuned)["steps"] == [0]
     errors = results.arrays(untuned)["errors"]
     assert errors.shape == (6, 4) and errors.dtype == np.float16
     assert not np.array_equal(errors, results.arrays(dense)["errors"])
@@ -173,7 +173,7 @@ def test_jobs_train_measure_and_leave_results(base, capsys):
         job = Job(RUN, row, "tiny", 0.3)
         trainer.run(job, rate, True, results)
         found = results.get(job)
-        assert 0.6 <= found["training_seconds"] < 1.2 and found["rate"] == rate
+        assert found["training_seconds"] >= 0.6 and found["rate"] == rate  # how much more, the machine decides
         assert min(found["steps"]) > 0 and found["clips"] == 2 * sum(found["steps"])
         assert all(path.exists() for path in training.kept(study, job))
     assert len(found["steps"]) == 2 and len(training.kept(study, job)) == 2
