@@ -142,8 +142,26 @@ def run(name: str, command: Callable[[], int], *, as_json: bool) -> int:
         return command()
     except T3Error as error:
         return report(name, str(error), BAD_INPUT, as_json)
+    except ModuleNotFoundError as error:
+        if (missing := missing_package(name, error)) is None:
+            raise
+        return report(name, missing, BAD_INPUT, as_json)
     except KeyboardInterrupt:
         return report(name, UNHARMED, INTERRUPTED, as_json)
+
+
+def missing_package(name: str, error: BaseException) -> str | None:
+    """What to install where a command, `t3.NAME`, ended for want of a package of somebody else's; else None."""
+    if not isinstance(error, ModuleNotFoundError) or not error.name:
+        return None
+    package, command = error.name.partition(".")[0], name.removeprefix("t3.").split()[0]
+    if package == "t3":
+        return None
+    extra = {"retrofit": "train", "bench": "bench"}.get(command, "generate")
+    return (
+        f"the package {package} is not installed in {sys.executable}. In the project's folder "
+        f"`python3 run.py {command}` sets up what it needs, and so does: pip install -e '.[{extra}]'"
+    )
 
 
 def report(name: str, message: str, status: int, as_json: bool) -> int:

@@ -263,6 +263,8 @@ def _end(name: str, world: World, error: BaseException, as_json: bool) -> int:
     watch = world.watch
     if isinstance(error, SystemExit):
         raise error
+    if missing := cli.missing_package(name, error):
+        error = T3Error(missing)
     own = str(error) if isinstance(error, T3Error) else _words(error)
     status = cli.BAD_INPUT if isinstance(error, T3Error) else FAILED
     if watch is None:
