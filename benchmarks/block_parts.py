@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from t3 import Grid, Plan
-from t3.backends import BACKENDS, Situation
+from t3.backends import BACKENDS, Backend, Situation
 from t3.bench.machine import machine, measure_ceilings, pick_device
 from t3.bench.timing import milliseconds as timed_ms
 from t3.feed_forward import feed_forward, legal
@@ -41,7 +41,7 @@ DTYPE = torch.bfloat16
 EPS = 1e-6
 WAN21, LAYERS = Plan.preset("wan2.1-4k"), 5
 SAMPLE = 512
-TEXT = 512  # tokens of a text, as Wan pads it
+TEXT, IMAGE = 512, 257  # tokens of a text, as Wan pads it, and of an image
 WARPS = (2, 4, 8)  # of a program
 
 
@@ -93,6 +93,16 @@ def norm_rows(shape: Shape, copy_rate: float) -> dict:
     def host_add_affine(x, y):
         return layer_norm(x + y, x.shape[-1:], weight, bias, EPS)
 
+    spare = torch.empty_like(x[:, : max(shape.chunks)])
+
+    def add_norm_of_a_copy(x, y):
+        copy = spare[:, : x.shape[1]]
+        copy.copy_(x)
+        return add_norm(copy, y, weight=weight, bias=bias, eps=EPS)
+
+    def add_norm_elsewhere(x, y):
+        return add_norm(x, y, weight=weight, bias=bias, eps=EPS, into=spare[:, : x.shape[1]])
+
     works: dict[str, tuple[int, dict[str, Callable]]] = {
         "gated sum, norm, modulation": (
             4 * row,
@@ -102,6 +112,7 @@ def norm_rows(shape: Shape, copy_rate: float) -> dict:
             4 * row,
             {"host": host_add_affine, "ours": lambda x, y: add_norm(x, y, weight=weight, bias=bias, eps=EPS)},
         ),
+        "sum put elsewhere, affine norm": (4 * row, {"of a copy": add_norm_of_a_copy, "ours": add_norm_elsewhere}),
         "norm, modulation": (
             2 * row,
             {
@@ -235,36 +246,38 @@ def feed_forward_rows(shape: Shape, matmul_rate: float) -> dict:
 
 
 def cross_rows(shape: Shape, matmul: float) -> dict:
-    """`{ms, percent of the matrix product's rate, error}` of all tokens against a text's 512, by backend and chunk."""
+    """`{ms, percent of the matrix product's rate, error}` by exact backend: of one chunk of tokens against a text's
+    keys and an image's, and of all tokens against a text's, by chunks as blocks have them and at once."""
     heads = max(2, shape.width // 128)
     head_dim = shape.width // heads
     q = random(1, shape.tokens, heads, head_dim)
-    k, v = (random(1, TEXT, heads, head_dim, seed=seed) for seed in (1, 2))
-    sample = slice(0, min(SAMPLE, shape.tokens))
-    wide = [x.double().transpose(1, 2) for x in (q[:, sample], k, v)]
-    exact = F.scaled_dot_product_attention(*wide).transpose(1, 2)
-    operations = 4 * shape.tokens * TEXT * shape.width
+    one = min(32 * K, shape.tokens)
     rows: dict = {}
     for backend in BACKENDS.values():
         if not backend.exact:
             continue
-        if reason := backend.refusal(Situation(DEVICE, DTYPE, head_dim)):
+        if reason := backend.refusal(Situation(DEVICE, DTYPE, head_dim, windows=(TEXT, IMAGE))):
             rows[backend.name] = reason
             continue
-        for chunk in dict.fromkeys((min(32 * K, shape.tokens), shape.tokens)):
-
-            def run(backend=backend, chunk=chunk) -> dict:
-                def work() -> None:
-                    for start in range(0, shape.tokens, chunk):
-                        backend.attend(q[:, start : start + chunk], k, v, head_dim**-0.5)
-
-                ms = milliseconds(work, 3)
-                out = backend.attend(q[:, sample], k, v, head_dim**-0.5)
-                rate = operations / ms / 1e9
-                return {"ms": round(ms, 2), "percent": round(100 * rate / matmul, 1), "error": off(out, exact)}
-
-            attempt(rows, f"{backend.name}, {chunk:,} tokens at once", run)
+        works = [(one, TEXT, one), (one, IMAGE, one), (shape.tokens, TEXT, one)]
+        # All scores at once are more than a card holds.
+        works += [] if backend.scores else [(shape.tokens, TEXT, shape.tokens)]
+        for tokens, keys, chunk in dict.fromkeys(works):
+            label = f"{backend.name}, {tokens:,} tokens x {keys} keys, {chunk:,} at once"
+            attempt(rows, label, lambda b=backend, t=tokens, k=keys, c=chunk: cross_row(b, q[:, :t], k, c, matmul))
     return rows
+
+
+def cross_row(backend: Backend, q: torch.Tensor, keys: int, chunk: int, matmul: float) -> dict:
+    """Of all of q, so many tokens at once, against so many keys."""
+    _, tokens, heads, head_dim = q.shape
+    k, v = (random(1, keys, heads, head_dim, seed=seed) for seed in (1, 2))
+    scale, sample = head_dim**-0.5, q[:, : min(SAMPLE, tokens)]
+    ms = milliseconds(lambda: [backend.attend(some, k, v, scale).numel() for some in q.split(chunk, dim=1)], 5)
+    exact = F.scaled_dot_product_attention(*(x.double().transpose(1, 2) for x in (sample, k, v))).transpose(1, 2)
+    rate = 4 * tokens * keys * heads * head_dim / ms / 1e9
+    error = off(backend.attend(sample, k, v, scale), exact)
+    return {"ms": round(ms, 3), "percent": round(100 * rate / matmul, 1), "error": error}
 
 
 # Attention

@@ -2,7 +2,8 @@
 
 Stands in for the `forward` of `WanAttentionBlock` and, inside, of `VaceWanAttentionBlock`. Patches of other nodes hold:
 self-attention or cross-attention with a forward of somebody else's gets all tokens at once, and where anything else of
-a block is not as the host made it, the host's own forward runs.
+a block is not as the host made it, the host's own forward runs. Where nobody chose an attention, what attends windows
+attends the text too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ..t3.feed_forward import feed_forward
 from ..t3.kernels.add_norm.op import add_, add_norm
 from ..t3.memory import BlockShape
 from . import lend, projections
-from .host_attention import chosen_by_user, host_attention
+from .host_attention import chosen_by_user, host_attention, with_ours
 from .stand_in import StandIn, changed_by, stop_if_cancelled
 
 
@@ -102,17 +103,20 @@ class _Pass:
         elif chosen is not None and by_chunks_too:
             # Whoever cuts up the whole video where told its layout must not take a chunk for it.
             cross = {**cross, "transformer_options": {k: v for k, v in options.items() if k != "grid_sizes"}}
+        elif chosen is None and current is not None and current.backend is not None:
+            cross = {**cross, "transformer_options": with_ours(options, current.backend, say)}
         finish = _FeedForward(self)
         whole = not by_chunks_too or "attn2_patch" in patches
 
         def rest(rows: slice, slot: torch.Tensor) -> None:
-            y = project.call(slot) if project else update[:, rows]
-            slot.copy_(self.x[:, rows])
+            # A matrix product of rows that do not follow each other would round otherwise.
+            y = project.call(slot.contiguous()) if project else update[:, rows]
+            x, gate = self._some(rows), self._of(2, rows)
             if whole:
-                add_(slot, y, self._of(2, rows))
+                add_(x, y, gate, into=slot)
                 return
-            normed = self._add_norm(slot, y, self._of(2, rows))
-            del y
+            normed = self._add_norm(x, y, gate, slot)
+            del x, y
             finish(rows, slot, self.block.cross_attn(normed, **cross))
 
         if not whole:
@@ -144,10 +148,12 @@ class _Pass:
 
     def _normed(self, rows: slice) -> torch.Tensor:
         """What self-attention gets of these tokens."""
+        return self.normed(self.block.norm1, self._some(rows), self._of(1, rows), self._of(0, rows))
+
+    def _some(self, rows: slice) -> torch.Tensor:
+        """These tokens, channels side by side, which those of the patch embedding are not."""
         x = self.x[:, rows]
-        if x.stride(2) != 1:
-            x = x.contiguous()
-        return self.normed(self.block.norm1, x, self._of(1, rows), self._of(0, rows))
+        return x if x.stride(2) == 1 else x.contiguous()
 
     @staticmethod
     def normed(norm: Any, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, update=None) -> torch.Tensor:
@@ -158,14 +164,14 @@ class _Pass:
             add_(x, update)
         return torch.addcmul(shift, norm(x), 1 + scale)
 
-    def _add_norm(self, slot: torch.Tensor, update: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        """The residual of self-attention, in place, and what cross-attention gets."""
+    def _add_norm(self, x: torch.Tensor, update: torch.Tensor, gate: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+        """The residual of self-attention, into `slot`, and what cross-attention gets."""
         norm = self.block.norm3
         if lend.layer_norm(norm):
-            weight, bias = lend.weights(norm, slot)
-            return add_norm(slot, update, gate, weight=weight, bias=bias, eps=norm.eps)
-        add_(slot, update, gate)
-        return norm(slot)
+            weight, bias = lend.weights(norm, x)
+            return add_norm(x, update, gate, weight=weight, bias=bias, eps=norm.eps, into=slot)
+        add_(x, update, gate, into=slot)
+        return norm(slot.contiguous())
 
     def _attended(self, freqs: torch.Tensor, options: dict, patches: dict) -> torch.Tensor | None:
         """Our self-attention before its output projection, or None where it is not ours to compute."""

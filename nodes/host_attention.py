@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from ..t3.backends import BACKENDS, Backend, installed
+from ..t3.backends import BACKENDS, Backend, Situation, installed
+from ..t3.text_attention import attend_text, backend_for_text
 
 _FLAGS = (
     "use_sage_attention",
@@ -16,6 +17,8 @@ _FLAGS = (
     "force_upcast_attention",
 )
 _SAGE_FLAG = "--use-sage-attention"
+# What the host's attention may be told that changes nothing in plain attention over all keys.
+_PLAIN = {"transformer_options", "_inside_attn_wrapper"}
 
 
 def chosen_by_user(options: Mapping[str, Any]) -> str | None:
@@ -58,3 +61,25 @@ def host_attention(options: Mapping[str, Any]) -> Backend:
         return out.unflatten(2, (heads, -1))
 
     return Backend("host", "ComfyUI's own attention", attend)
+
+
+def with_ours(options: Mapping[str, Any], backend: Backend, say: Callable[[str], None]) -> dict[str, Any]:
+    """A copy of `options` by which the host's cross-attention is computed by what attends windows.
+
+    For where nobody chose an attention, see `chosen_by_user`. What is asked for beyond plain attention (masks, other
+    layouts, other precision) is left to the host's own; `say` tells that, and where another backend does the work.
+    """
+
+    def override(original, q, k, v, heads, *more, **how):
+        beyond = sorted(name for name, at in how.items() if name not in _PLAIN and at is not None and at is not False)
+        if more or beyond or q.ndim != 3 or k.dtype != q.dtype or v.dtype != q.dtype:
+            asked = ", ".join(beyond) or "tensors of other kinds"
+            say(f"cross-attention is the host's own: it is called with {asked}.")
+            return original(q, k, v, heads, *more, **how)
+        situation = Situation(q.device, q.dtype, q.shape[2] // heads, windows=(k.shape[1],))
+        found, why = backend_for_text(backend, situation)
+        if why is not None:
+            say(f"cross-attention is computed by {found.name}: {why}.")
+        return attend_text(q, k, v, heads, found)
+
+    return {**options, "optimized_attention_override": override}

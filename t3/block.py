@@ -41,6 +41,23 @@ class Linear(NamedTuple):
         assert self.weight is not None
         return F.linear(x, self.weight[channels], None if self.bias is None else self.bias[channels])
 
+    def some_into(self, x: torch.Tensor, channels: slice | None, out: torch.Tensor) -> None:
+        """The same into `out`, `[B, n, outputs]`; by the matrix product itself, without a copy, where it can be."""
+        if not self._direct(x, out):
+            out.copy_(self.some(x, channels))
+            return
+        assert self.weight is not None and self.bias is not None
+        some = slice(None) if channels is None else channels
+        # What torch's own linear layer calls for such x, so that the result is the same to the bit.
+        torch.addmm(self.bias[some], x.flatten(0, 1), self.weight[some].t(), out=out.flatten(0, 1))
+
+    def _direct(self, x: torch.Tensor, out: torch.Tensor) -> bool:
+        if self.weight is None or self.bias is None or torch.is_grad_enabled():
+            return False
+        tensors = (x, out, self.weight, self.bias)
+        alike = all(t.dtype == x.dtype and t.device == x.device and t.is_contiguous() for t in tensors)
+        return alike and not torch.is_autocast_enabled(x.device.type)
+
 
 @dataclass(frozen=True)
 class Projections:
@@ -123,14 +140,10 @@ def attend(p: Projections, windows: Windows, share: Share, chunks: Sequence[slic
 
 
 def by_chunks(out: torch.Tensor, chunks: Iterable[slice], work: Callable[[slice, torch.Tensor], None]) -> torch.Tensor:
-    """`work(rows, slot)` for each chunk: `slot`, `[B, n, dim]` and contiguous, holds these tokens of `out` and is
-    written over. Returns `out`."""
+    """`work(rows, slot)` for each chunk: `slot`, `[B, n, dim]`, is these tokens of `out` and is written over. It is
+    contiguous where there is one sample. Returns `out`."""
     for rows in chunks:
-        here = out[:, rows]
-        slot = here if here.is_contiguous() else here.contiguous()
-        work(rows, slot)
-        if slot is not here:
-            here.copy_(slot)
+        work(rows, out[:, rows])
     return out
 
 
@@ -160,6 +173,9 @@ def project(p: Projections, qkv: list, channels: slice | None, inverses: list | 
                 length = torch.linalg.vector_norm(whole, dim=-1, dtype=wide)
                 inverses[which][:, rows] = torch.rsqrt(length.square() / p.shape[2] + p.eps)
                 y = whole[..., channels]
+            elif norm is None and turns[0] is None and out.ndim == 3:
+                linear.some_into(x, channels, out[:, rows])
+                continue
             else:
                 y = linear.some(x, channels)
             if norm is None and turns[0] is None:
@@ -238,11 +254,14 @@ def _attend_at_once(p: Projections, windows: Windows, chunks: Sequence[slice]) -
         here = slice(inside.start - prefix, inside.stop - prefix)
         at = [None if to is None else to[:, here] for to in rows]
         for which, linear in enumerate((p.q, p.k, p.v)):
-            y, how = linear.call(x), (p.norm(which, None), p.eps)
             outs = [
                 group[which] if to is not None else group[which].unflatten(0, (batch, -1))[:, here]
                 for group, to in zip(groups, rows, strict=True)
             ]
+            if which == 2 and rows == [None] and inside == some and batch == 1:
+                linear.some_into(x, None, outs[0])
+                continue
+            y, how = linear.call(x), (p.norm(which, None), p.eps)
             if here.stop > here.start:
                 window_group_into(_rows(y, inside, some), outs, at, *how, *p.turn(which, inside))
             for piece, first in around:

@@ -17,6 +17,7 @@ from torch import nn
 
 from .block import Linear, Projections, Windows, attend, by_chunks
 from .chunks import of_tokens, token_chunks
+from .diffusers_text import TextAttention
 from .feed_forward import feed_forward
 from .fused import norm_weight
 from .kernels.add_norm.op import add_, add_norm
@@ -94,10 +95,7 @@ class BlockByChunks:
 
         def normed(rows: slice) -> torch.Tensor:
             shift, scale, *_ = six(rows)
-            some = x[:, rows]
-            return add_norm(
-                some if some.stride(2) == 1 else some.contiguous(), scale=scale, shift=shift, eps=block.norm1.eps
-            )
+            return add_norm(_side_by_side(x[:, rows]), scale=scale, shift=shift, eps=block.norm1.eps)
 
         ours = self.attention(block.attn1)
         projections = None if ours is None else _projections(block.attn1, x, normed, rotary)
@@ -116,23 +114,35 @@ class BlockByChunks:
             update = None
         del projections
         up, down = block.ffn.net[0].proj, block.ffn.net[2]
+        attend_to_text: Callable[[torch.Tensor], torch.Tensor] = partial(
+            block.attn2, encoder_hidden_states=text, attention_mask=None, rotary_emb=None
+        )
+        # What set_attention_backend asked for is diffusers' to call.
+        if ours is not None and block.attn2.processor._attention_backend is None:
+            attend_to_text = TextAttention(block.attn2, text, ours[0].backend, self.say)
 
         def rest(rows: slice, slot: torch.Tensor) -> None:
             _, _, gate, shift, scale, last_gate = six(rows)
-            y = block.attn1.to_out[1](block.attn1.to_out[0](slot)) if update is None else update[:, rows]
-            slot.copy_(x[:, rows])
+            # A matrix product of rows that do not follow each other would round otherwise.
+            y = block.attn1.to_out[1](block.attn1.to_out[0](slot.contiguous())) if update is None else update[:, rows]
+            before = _side_by_side(x[:, rows])
             if isinstance(block.norm2, nn.Identity):
-                add_(slot, y, gate)
-                between = slot
+                add_(before, y, gate, into=slot)
+                between = slot.contiguous()
             else:
                 weight, bias = block.norm2.weight.float(), block.norm2.bias.float()
-                between = add_norm(slot, y, gate, weight=weight, bias=bias, eps=block.norm2.eps)
-            y = block.attn2(between, text, None, None)
+                between = add_norm(before, y, gate, weight=weight, bias=bias, eps=block.norm2.eps, into=slot)
+            y = attend_to_text(between)
             between = add_norm(slot, y, scale=scale, shift=shift, eps=block.norm3.eps)
             del y
             add_(slot, feed_forward(between, up, down), last_gate)
 
         return by_chunks(out, arriving, rest)
+
+
+def _side_by_side(x: torch.Tensor) -> torch.Tensor:
+    """x with the channels of each token side by side, which those of the patch embedding are not."""
+    return x if x.stride(2) == 1 else x.contiguous()
 
 
 def _modulation(table: torch.Tensor, temb: torch.Tensor, tokens: int, rows: slice | None) -> tuple[torch.Tensor, ...]:

@@ -288,3 +288,19 @@ def test_real_times_leave_the_user_s_random_numbers_alone(device, monkeypatch):
         torch.equal(a, b) for a, b in zip(before, (torch.cuda.get_rng_state(), torch.get_rng_state()), strict=True)
     )
     assert found.ms and all(ms > 0 for ms in found.ms.values())
+
+
+def test_a_text_is_attended_by_an_exact_one_without_times(timer):
+    from t3.text_attention import backend_for_text
+
+    backend_for_text.cache_clear()
+    try:
+        for keys in (257, 512):
+            for name in ("sdpa-flash", "sdpa-cudnn"):
+                assert backend_for_text(BACKENDS[name], on_card(keys)) == (BACKENDS[name], None)
+            for name in ("sage", "comfy-kitchen-int8"):
+                found, why = backend_for_text(BACKENDS[name], on_card(keys))
+                assert found is BACKENDS["sdpa-cudnn"] and why == f"{name} computes in 8 bits"
+        assert not timer.calls
+    finally:
+        backend_for_text.cache_clear()

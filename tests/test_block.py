@@ -75,6 +75,32 @@ def test_every_share_gives_the_reference(monkeypatch, kernels, dtype, beside, gr
         assert (out - truth).norm() <= (1e-14 if dtype == torch.float64 else 3e-6) * truth.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("channels", [None, slice(16, 56)])
+def test_a_projection_into_its_place_is_the_layer_s_own_bit_for_bit(dtype, channels):
+    layer = torch.nn.Linear(48, 80).to(dtype)
+    linear = Linear(layer, layer.weight, layer.bias)
+    x = torch.randn(2, 37, 48, dtype=dtype)
+    with torch.no_grad():
+        expected = layer(x)[..., slice(None) if channels is None else channels]
+        alone = linear.some(x, channels)
+        assert torch.allclose(alone, expected, rtol=0.02, atol=0.02)
+        wide = x.new_full((2, 50, alone.shape[2] + 8), torch.nan)
+        places = [torch.full_like(alone, torch.nan), wide[:, 5:42, 8:], wide[:1, 5:42, 4:-4]]
+        for place in places:
+            some = x[: place.shape[0]]
+            linear.some_into(some, channels, place)
+            assert torch.equal(place, linear.some(some, channels))
+        for other in (linear._replace(bias=None, weight=None), linear._replace(bias=layer.bias.float())):
+            place = torch.full_like(expected, torch.nan)
+            if channels is None:
+                other.some_into(x, None, place)
+                assert torch.equal(place, layer(x))
+    place = torch.zeros_like(layer(x))
+    linear.some_into(x, None, place)
+    assert place.requires_grad, "with gradients it is a copy that has them"
+
+
 # --- Whole transformers --------------------------------------------------------------------------------------------
 
 

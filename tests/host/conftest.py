@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
+import host_blocks
 import host_comfy
+import host_models
 import pytest
 
 
@@ -12,3 +17,15 @@ def pack():
     if not host_comfy.available():
         pytest.skip("ComfyUI is not installed: run `python tests/host/install.py`")
     return host_comfy.load()
+
+
+@pytest.fixture
+def t3(pack, monkeypatch):
+    """The pack's own modules, with chunks of 32 tokens for the blocks of `host_blocks`."""
+    parts = {name: sys.modules[f"{pack.__name__}.{name}"] for name in ("t3.memory", "t3.chunks", "t3.fused")}
+    monkeypatch.setattr(parts["t3.chunks"], "TILE", 16)
+    monkeypatch.setattr(parts["t3.memory"], "CHUNK_BYTES", 32 * host_blocks.FFN * 8)
+    # The host's rotation takes no float64.
+    for module in ("comfy.ldm.flux.math", "comfy.ldm.wan.model"):
+        monkeypatch.setattr(f"{module}.apply_rope1", host_models.rotate)
+    return SimpleNamespace(memory=parts["t3.memory"], fused=parts["t3.fused"], pack=pack, nodes=pack.nodes)

@@ -103,6 +103,28 @@ def test_any_strides_and_nothing_beside_is_touched(device, kernel, of_x, of_upda
     assert torch.equal(whole, before)
 
 
+@pytest.mark.parametrize("of_x", ["chunk", "of its own"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_sum_put_elsewhere_is_that_of_a_copy_bit_for_bit(device, kernel, of_x, gated):
+    """x is only read; `into` is a chunk of a larger tensor, beside which nothing is touched."""
+    dtype = torch.bfloat16
+    x = random(2, 16, 48, dtype=dtype, device=device)[:, 2:9] if of_x == "chunk" else random(2, 7, 48, device=device)
+    update, whole = random(2, 7, 48, device=device, seed=1).to(x.dtype), random(2, 16, 48, device=device, seed=2)
+    gate = random(2, 1, 48, device=device, seed=3) if gated else None
+    scale, shift = random(2, 1, 48, device=device, seed=4), random(2, 1, 48, device=device, seed=5)
+    whole = whole.to(x.dtype)
+    before, beside, copy = x.clone(), whole.clone(), x.clone()
+    expected = kernel.norm(copy, EPS, scale, shift, True, update, gate)
+    for at in (slice(5, 12), slice(1, 15, 2)):
+        assert torch.equal(kernel.norm(x, EPS, scale, shift, True, update, gate, whole[:, at]), expected)
+        assert torch.equal(whole[:, at], copy)
+        whole[:, at] = torch.nan
+        kernel.add_(x, update, gate, whole[:, at])
+        assert torch.equal(whole[:, at], copy)
+        whole[:, at] = beside[:, at]
+        assert torch.equal(whole, beside) and torch.equal(x, before)
+
+
 @pytest.mark.parametrize("warps", [1, 4])
 def test_how_many_warps_changes_no_row(device, kernel, warps):
     x, update = random(2, 10, 160, device=device), random(2, 10, 160, device=device, seed=1)
@@ -197,6 +219,20 @@ def test_the_operators_are_whole_for_torch():
     torch.library.opcheck(op._norm, (x, EPS, gate, None, True), test_utils=tests)
     torch.library.opcheck(op._add_norm, (x.clone(), update, gate, EPS, None, gate, False), test_utils=tests)
     torch.library.opcheck(op._add, (x.clone(), update, None), test_utils=tests)
+    into = torch.zeros_like(x)
+    torch.library.opcheck(op._add_norm_into, (x, into, update, gate, EPS, None, gate, False), test_utils=tests)
+    torch.library.opcheck(op._add_into, (x, into, update, gate), test_utils=tests)
+
+
+def test_the_operators_put_a_sum_elsewhere():
+    x, update, gate, into = random(2, 6, 64), random(2, 6, 64, seed=1), random(2, 1, 64, seed=2), random(2, 9, 64)
+    copy, before = x.clone(), x.clone()
+    expected = add_norm(copy, update, gate, scale=gate)
+    assert torch.equal(add_norm(x, update, gate, scale=gate, into=into[:, 2:8]), expected)
+    assert torch.equal(into[:, 2:8], copy) and torch.equal(x, before)
+    into.zero_()
+    add_(x, update, gate, into=into[:, 2:8])
+    assert torch.equal(into[:, 2:8], copy) and torch.equal(x, before) and not into[:, :2].any()
 
 
 def test_compiled_code_changes_the_same_rows():
@@ -238,6 +274,11 @@ def test_shapes_dtypes_and_strides_are_checked_before_anything_is_written():
         add_norm(x.transpose(1, 2))
     with pytest.raises(T3Error, match=r"expected \[B, n, dim\]"):
         add_norm(x[0])
+    for into in (random(2, 5, 64), x.clone().half(), random(2, 64, 6).transpose(1, 2)):
+        with pytest.raises(T3Error, match="into is .* with strides .*as x has, channels side by side"):
+            add_(x, x.clone(), into=into)
+    with pytest.raises(T3Error, match="into was given without an update"):
+        add_norm(x, into=x.clone())
     for tensors in ((x, x.clone().requires_grad_()), (x, x.clone(), random(1, 1, 64).requires_grad_())):
         with pytest.raises(T3Error, match="has no gradients"):
             add_(*tensors)

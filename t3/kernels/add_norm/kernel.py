@@ -1,4 +1,4 @@
-"""`add_norm` as one Triton kernel: x and the update are read once, x and the norm are written once."""
+"""`add_norm` as one Triton kernel: x and the update are read once, the new x and the norm are written once."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def _row(at, token, token_stride, channel, inside):
 @triton.jit(do_not_specialize=["tokens"])
 def _add_norm(
     x,
+    into,
     update,
     gate,
     multiply,
@@ -28,6 +29,8 @@ def _add_norm(
     eps,
     x_batch,
     x_token,
+    into_batch,
+    into_token,
     update_batch,
     update_token,
     update_channel,
@@ -66,7 +69,7 @@ def _add_norm(
         if GATE:
             step *= g
         new = (y + step).to(x.dtype.element_ty)
-        tl.store(x + token * x_token + channel, new, mask=inside)
+        tl.store(into + batch * into_batch + token * into_token + channel, new, mask=inside)
         # The norm is of what was stored, as if it were read again.
         y = new.to(tl.float32)
     if NORM:
@@ -81,13 +84,15 @@ def _add_norm(
         tl.store(out + here + channel, y.to(out.dtype.element_ty), mask=inside)
 
 
-def _run(x, update, gate, normed, eps, multiply, plus, one, warps) -> torch.Tensor | None:
+def _run(x, into, update, gate, normed, eps, multiply, plus, one, warps) -> torch.Tensor | None:
     batch, count, width = x.shape
+    into = x if into is None else into
     block = triton.next_power_of_2(width)
     out = x.new_empty((batch, count, width)) if normed else None
     (gate, *gate_at), (multiply, *multiply_at), (plus, *plus_at) = (_spread(t, x) for t in (gate, multiply, plus))
     _add_norm[(count, batch)](
         x,
+        into,
         update,
         gate,
         multiply,
@@ -97,6 +102,8 @@ def _run(x, update, gate, normed, eps, multiply, plus, one, warps) -> torch.Tens
         eps,
         x.stride(0),
         x.stride(1),
+        into.stride(0),
+        into.stride(1),
         *((0, 0, 1) if update is None else update.stride()),
         *gate_at,
         *multiply_at,
@@ -129,11 +136,12 @@ def add_(
     x: torch.Tensor,
     update: torch.Tensor,
     gate: torch.Tensor | None = None,
+    into: torch.Tensor | None = None,
     *,
     warps: int | None = None,
 ) -> None:
-    """See `naive.add_`; float16, bfloat16 or float32, x's last stride 1. warps: only speed depends on them."""
-    _run(x, update, gate, False, 0.0, None, None, False, warps)
+    """See `naive.add_`; float16, bfloat16 or float32, last strides of x and into 1. warps change only the speed."""
+    _run(x, into, update, gate, False, 0.0, None, None, False, warps)
 
 
 def norm(
@@ -144,10 +152,11 @@ def norm(
     one: bool,
     update: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
+    into: torch.Tensor | None = None,
     *,
     warps: int | None = None,
 ) -> torch.Tensor:
     """See `naive.norm`, after `naive.add_` of `update` and `gate` where `update` is given; as `add_` for the rest."""
-    out = _run(x, update, gate, True, eps, multiply, plus, one, warps)
+    out = _run(x, into, update, gate, True, eps, multiply, plus, one, warps)
     assert out is not None
     return out

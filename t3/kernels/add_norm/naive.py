@@ -11,16 +11,19 @@ def wide(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def add_(x: torch.Tensor, update: torch.Tensor, gate: torch.Tensor | None = None) -> None:
+def add_(
+    x: torch.Tensor, update: torch.Tensor, gate: torch.Tensor | None = None, into: torch.Tensor | None = None
+) -> None:
     """x += gate * update in place, or x += update without a gate; rounded once.
 
     Args:
         x: `[B, n, dim]`, any strides.
         update: `[B, n, dim]`, any strides.
         gate: broadcastable to x (`[B, 1, dim]` or per token `[B, n, dim]`), x's dtype or float32.
+        into: where the sum goes instead, x being left as it is: x's shape and dtype, any strides.
     """
     step = update.to(wide(x))
-    x.copy_(x.to(wide(x)) + (step if gate is None else step * gate.to(wide(x))))
+    (x if into is None else into).copy_(x.to(wide(x)) + (step if gate is None else step * gate.to(wide(x))))
 
 
 def norm(

@@ -23,12 +23,13 @@ def add_norm(
     weight: Maybe = None,
     bias: Maybe = None,
     eps: float = 1e-6,
+    into: Maybe = None,
 ) -> torch.Tensor:
     """Where `update` is given: x += gate * update IN PLACE (see `add_`). Then layer norm of x over its last axis.
 
     Args:
         x: `[B, n, dim]`, any float dtype; last stride 1, as in a chunk of a larger tensor. Its rows must not overlap.
-        update, gate: see `add_`.
+        update, gate, into: see `add_`.
         scale, shift: modulation, y * (1 + scale) + shift; broadcastable to x (`[B, 1, dim]`, or per token
             `[B, n, dim]`), float32 or x's dtype. Either may be left out.
         weight, bias: affine, y * weight + bias, `[dim]` or as above. Not together with scale and shift.
@@ -43,30 +44,44 @@ def add_norm(
         raise T3Error("a layer norm takes scale and shift, or weight and bias, not both.")
     if gate is not None and update is None:
         raise T3Error("a gate was given without an update for it. Give update, or leave gate out.")
-    _check(x, update, gate=gate, scale=scale, shift=shift, weight=weight, bias=bias)
+    if into is not None and update is None:
+        raise T3Error("into was given without an update, and nothing is added. Give update, or leave into out.")
+    _check(x, update, into, gate=gate, scale=scale, shift=shift, weight=weight, bias=bias)
     multiply, plus = (weight, bias) if scale is None and shift is None else (scale, shift)
     if update is None:
         return _norm(x, eps, multiply, plus, scale is not None)
+    if into is not None:
+        return _add_norm_into(x, into, update, gate, eps, multiply, plus, scale is not None)
     return _add_norm(x, update, gate, eps, multiply, plus, scale is not None)
 
 
-def add_(x: torch.Tensor, update: torch.Tensor, gate: Maybe = None) -> None:
+def add_(x: torch.Tensor, update: torch.Tensor, gate: Maybe = None, *, into: Maybe = None) -> None:
     """x += gate * update IN PLACE, or x += update without a gate, computed in float32 and rounded once.
 
     x: `[B, n, dim]`, last stride 1. update: `[B, n, dim]`, x's dtype, any strides, in no memory of x's.
     gate: broadcastable to x (`[B, 1, dim]` or `[B, n, dim]`), float32 or x's dtype. As `add_norm` for the rest.
+    into: where the sum goes instead, x being left as it is; like x, in no memory of x's or update's. The same to the
+    bit as a copy of x that is added to, with x read once.
     """
-    _check(x, update, gate=gate)
-    _add(x, update, gate)
+    _check(x, update, into, gate=gate)
+    if into is None:
+        _add(x, update, gate)
+    else:
+        _add_into(x, into, update, gate)
 
 
-def _check(x: torch.Tensor, update: Maybe, **others: Maybe) -> None:
+def _check(x: torch.Tensor, update: Maybe, into: Maybe = None, **others: Maybe) -> None:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, update, *others.values())):
         raise T3Error("add_norm has no gradients. Run it under torch.no_grad(), or use torch's own layer norm and sum.")
     if x.ndim != 3 or not x.is_floating_point():
         raise T3Error(f"x has shape {tuple(x.shape)} and dtype {x.dtype}; expected [B, n, dim] of a float dtype.")
     if x.stride(2) != 1:
         raise T3Error(f"x has strides {x.stride()}, and is written in place; its channels must lie side by side.")
+    if into is not None and (into.shape != x.shape or into.dtype != x.dtype or into.stride(2) != 1):
+        raise T3Error(
+            f"into is {tuple(into.shape)} {into.dtype} with strides {into.stride()}; expected {tuple(x.shape)} "
+            f"{x.dtype}, as x has, channels side by side."
+        )
     if update is not None and (update.shape != x.shape or update.dtype != x.dtype):
         raise T3Error(f"update is {tuple(update.shape)} {update.dtype}; expected {tuple(x.shape)} {x.dtype}, as x has.")
     for name, t in others.items():
@@ -104,6 +119,25 @@ def _add_norm(
     return norm(x, eps, multiply, plus, one, update, gate)
 
 
+@torch.library.custom_op(f"{_OURS}::add_norm_into", mutates_args=("into",))
+def _add_norm_into(
+    x: torch.Tensor,
+    into: torch.Tensor,
+    update: torch.Tensor,
+    gate: Maybe,
+    eps: float,
+    multiply: Maybe,
+    plus: Maybe,
+    one: bool,
+) -> torch.Tensor:
+    if not triton_usable(x.device, x.dtype):
+        naive.add_(x, update, gate, into)
+        return naive.norm(into, eps, multiply, plus, one)
+    from .kernel import norm
+
+    return norm(x, eps, multiply, plus, one, update, gate, into)
+
+
 @torch.library.custom_op(f"{_OURS}::add_", mutates_args=("x",))
 def _add(x: torch.Tensor, update: torch.Tensor, gate: Maybe) -> None:
     if not triton_usable(x.device, x.dtype):
@@ -111,6 +145,15 @@ def _add(x: torch.Tensor, update: torch.Tensor, gate: Maybe) -> None:
     from .kernel import add_ as by_triton
 
     return by_triton(x, update, gate)
+
+
+@torch.library.custom_op(f"{_OURS}::add_into", mutates_args=("into",))
+def _add_into(x: torch.Tensor, into: torch.Tensor, update: torch.Tensor, gate: Maybe) -> None:
+    if not triton_usable(x.device, x.dtype):
+        return naive.add_(x, update, gate, into)
+    from .kernel import add_ as by_triton
+
+    return by_triton(x, update, gate, into)
 
 
 @_norm.register_fake
@@ -125,4 +168,14 @@ def _(x, update, gate, eps, multiply, plus, one):
 
 @_add.register_fake
 def _(x, update, gate):
+    return None
+
+
+@_add_norm_into.register_fake
+def _(x, into, update, gate, eps, multiply, plus, one):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@_add_into.register_fake
+def _(x, into, update, gate):
     return None

@@ -1,0 +1,46 @@
+"""Cross-attention of a diffusers Wan block by chunks of tokens, by a backend of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_wan import _get_added_kv_projections
+
+from .backends import Backend, Situation
+from .text_attention import attend_text, backend_for_text
+
+# diffusers counts the text's tokens from the end; those of an image stand before them.
+TEXT_TOKENS = 512
+
+
+class TextAttention:
+    """What `WanAttnProcessor` computes of some tokens against `text` `[B, m, dim]`; its keys are made once, here."""
+
+    def __init__(self, attn: Any, text: torch.Tensor, backend: Backend, say: Callable[[str], None]) -> None:
+        self.attn, self.backend, self.say = attn, backend, say
+        self.images: tuple[torch.Tensor, torch.Tensor] | None = None
+        if attn.add_k_proj is not None:
+            image, text = text[:, : text.shape[1] - TEXT_TOKENS], text[:, text.shape[1] - TEXT_TOKENS :]
+            k, v = _get_added_kv_projections(attn, image)
+            self.images = attn.norm_added_k(k), v
+        k, v = attn.to_kv(text).chunk(2, dim=-1) if attn.fused_projections else (attn.to_k(text), attn.to_v(text))
+        self.texts = attn.norm_k(k), v
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x: `[B, n, dim]`; returns the same shape, after the output projection."""
+        attn = self.attn
+        q = attn.norm_q(attn.to_q(x))
+        out = self._attend(q, *self.texts)
+        if self.images is not None:
+            out = out + self._attend(q, *self.images)
+        return attn.to_out[1](attn.to_out[0](out))
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        heads = self.attn.heads
+        situation = Situation(q.device, q.dtype, q.shape[2] // heads, windows=(k.shape[1],))
+        backend, why = backend_for_text(self.backend, situation)
+        if why is not None:
+            self.say(f"cross-attention is computed by {backend.name}: {why}.")
+        return attend_text(q, k, v, heads, backend)

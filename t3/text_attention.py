@@ -1,0 +1,42 @@
+"""Cross-attention: many tokens of a video against the few of a text or an image, by what attends a layer's windows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+
+from .attention import attend_window
+from .backends import AUTO, BACKENDS, Backend, Situation, choose
+
+
+@lru_cache(maxsize=64)
+def backend_for_text(backend: Backend, s: Situation) -> tuple[Backend, str | None]:
+    """What attends a text where `backend` attends a layer's windows, and why it is another one, or None.
+
+    It is the same one where that is exact: tens of thousands of queries fill a card as long windows do. In 8 bits, or
+    with all scores held at once, nobody asked for it beyond windows: the fastest exact one as a rule, untimed, is
+    taken then, and where `backend` cannot serve `s` (with `s.windows` the numbers of keys).
+    """
+    why: str | None
+    if not backend.exact:
+        why = f"{backend.name} computes in 8 bits"
+    elif backend.scores:
+        why = f"{backend.name} holds the scores of all tokens at once"
+    else:
+        why = backend.refusal(s)
+    if why is None:
+        return backend, None
+    return choose(AUTO, replace(s, windows=()))[0], why
+
+
+def attend_text(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, backend: Backend) -> torch.Tensor:
+    """Dense attention of q `[B, n, heads*head_dim]` over k, v `[B, m, heads*head_dim]`, one dtype; q's shape.
+
+    backend: from `backend_for_text`. The scale is head_dim**-0.5, as both hosts have it.
+    """
+    q, k, v = (x.unflatten(2, (heads, -1)) for x in (q, k, v))
+    # A last chunk may be one token, for which kernels made for windows need not be made.
+    some = BACKENDS["sdpa"] if q.shape[1] == 1 else backend
+    return attend_window(some, q.shape[3] ** -0.5, q, k, v).flatten(2)
