@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 benchmarks/parallel_4k.py --out results.json
 
 Models of the real sizes with random weights; the same run measures one GPU alone, and what the ranks' results differ
-from its. Every row is written as soon as it is there. `--tiny` tries all of it on a CPU. `parallel_profile.py` tells
-where the time goes.
+from its. What tells most comes first, and each row is written as soon as it is there. `--tiny` tries all of it on a
+CPU. `parallel_profile.py` tells where the time goes.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from t3.memory import GIB
 from t3.parallel import sequence
 from t3.parallel.faults import run
 from t3.parallel.guidance import GuidanceSplit
-from t3.parallel.sequence import Spread, Spreading
+from t3.parallel.sequence import Spread
 from t3.parallel.split import Split
+from t3.parallel.spreading import Spreading
 from t3.parallel.team import Team, form_team
 from t3.parallel.world import World
 from t3.processor import T3AttentionProcessor, install_t3, self_attentions
@@ -49,11 +50,18 @@ def main() -> int:
     parser.add_argument("--size", default="4k")
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each row, after one that is not counted")
-    parser.add_argument("--parts", type=int, nargs="+", default=[1, 2, 4], help="runs of tokens on their way")
+    ways = list(dict.fromkeys([sequence.PARTS, 1, 2, 4]))
+    parser.add_argument("--parts", type=int, nargs="+", default=ways, help="runs of tokens on their way")
     parser.add_argument(
         "--groups", type=int, nargs="*", default=[2, 6], help="groups of heads, as if memory were short"
     )
     parser.add_argument("--memory", default="auto", help="as for install_t3: auto, fast, lean")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        metavar="S",
+        help="begin no row that would end later, were it the longest",
+    )
     parser.add_argument("--out", type=Path, help="JSON; a file that is there is written over")
     parser.add_argument("--tiny", action="store_true", help="small models on the CPU")
     args = parser.parse_args()
@@ -80,6 +88,8 @@ class Bench:
         self.world, self.args = world, args
         assert world.device is not None
         self.device = world.device
+        # When this began, and how long the longest row took.
+        self._began, self._longest = time.monotonic(), 0.0
         self.result: dict[str, Any] = {
             "machine": {**machine(self.device), "ranks": world.size, "backend": world.backend},
             "rows": [],
@@ -114,6 +124,24 @@ class Bench:
 
         self.row({**common, "case": "alone", "split": asdict(Split()), "note": "each rank the same, whole"}, keep)
         heads = transformer.shape.heads
+        if world.size > 1 and heads % world.size == 0:
+            split = Split(1, 1, world.size)
+            team = form_team(world, split)
+            undo = self._spread(model, team)
+            about = {**common, "case": "sequence", "split": asdict(split)}
+            usual = _spread_of(model)
+
+            def spread_rows(ways: list[Spread]) -> None:
+                for spread in ways:
+                    _set_spread(model, spread)
+                    self.row({**about, "parts": spread.parts, "groups": spread.groups}, alone, expected)
+
+            spread_rows([replace(usual, parts=parts) for parts in args.parts])
+            self.exchange({**common, "split": asdict(split)}, transformer, usual, grid.tokens)
+            spread_rows([replace(usual, parts=1, groups=groups) for groups in args.groups])
+            _set_spread(model, usual)
+            for step in reversed(undo):
+                step()
         if world.size % 2 == 0 and heads % (world.size // 2) == 0:
             split = Split(1, 2, world.size // 2)
             team = form_team(world, split)
@@ -123,21 +151,6 @@ class Bench:
             self.row({**common, "case": "guidance", "split": asdict(split), "note": note}, pair, expected, passes=2)
             for step in reversed(undo):
                 step()
-        if world.size > 1 and heads % world.size == 0:
-            split = Split(1, 1, world.size)
-            team = form_team(world, split)
-            undo = self._spread(model, team)
-            about = {**common, "case": "sequence", "split": asdict(split)}
-            usual = _spread_of(model)
-            ways = [replace(usual, parts=parts) for parts in args.parts]
-            ways += [replace(usual, parts=1, groups=groups) for groups in args.groups]
-            for spread in ways:
-                _set_spread(model, spread)
-                self.row({**about, "parts": spread.parts, "groups": spread.groups}, alone, expected)
-            _set_spread(model, usual)
-            for step in reversed(undo):
-                step()
-            self.exchange({**common, "split": asdict(split)}, transformer, usual, grid.tokens)
         installed.remove()
         expected.clear()
         transformer.remove()
@@ -145,7 +158,7 @@ class Bench:
     def _spread(self, model: Any, team: Team) -> list[Callable[[], None]]:
         spread = Spread(team.sequence, team.part, team.split.sequence)
         _set_spread(model, spread)
-        spreading = Spreading(model, spread, team.mesh)
+        spreading = Spreading(model, spread)
         return [lambda: _set_spread(model, None), spreading.remove]
 
     def exchange(self, about: dict[str, Any], transformer: Transformer, spread: Spread, tokens: int) -> None:
@@ -184,6 +197,12 @@ class Bench:
     ) -> None:
         """Run it, and keep seconds of the slowest rank, peaks of all, and the error to `expected`."""
         found: dict[str, Any]
+        began = time.monotonic()
+        if not self._in_time():
+            self.world.say(f"{about['model']}: no time for {about['case']}")
+            self.result["left_out"] = self.result.get("left_out", 0) + 1
+            self._write()
+            return
         try:
             found = self._timed(work, expected)
         except Exception as error:  # one row less
@@ -206,7 +225,18 @@ class Bench:
             if "bytes_sent" in row:
                 row["gb_per_s"] = row["bytes_sent"] / row["seconds"] / 1e9
         self.result["rows"].append(row)
+        self._longest = max(self._longest, time.monotonic() - began)
         self.world.say(line(row))
+        self._write()
+
+    def _in_time(self) -> bool:
+        """Whether one more row is to be begun: the same on every rank."""
+        if self.args.seconds is None:
+            return True
+        end = time.monotonic() - self._began + self._longest
+        return max(self.world.gather(end, PATIENCE)) <= self.args.seconds
+
+    def _write(self) -> None:
         if self.world.is_first and self.args.out:
             self.args.out.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
 

@@ -35,10 +35,12 @@ from t3 import block, chunks, diffusers_block, fused, memory
 from t3.bench.machine import machine
 from t3.bench.timing import release
 from t3.bench.transformer import Transformer, grid_of, size_of
+from t3.diffusers_text import TextAttention
 from t3.parallel import sequence
 from t3.parallel.faults import run
-from t3.parallel.sequence import Spread, Spreading
+from t3.parallel.sequence import Spread
 from t3.parallel.split import Split
+from t3.parallel.spreading import Spreading
 from t3.parallel.team import form_team
 from t3.parallel.world import World
 from t3.processor import install_t3, self_attentions
@@ -162,6 +164,8 @@ def watched(recorder: Recorder, model: Any) -> ExitStack:
         lambda linear, *_: "output projection" if id(linear) in outputs else "q, k, v projections",
     )
     wrap(WanAttention, "forward", "cross-attention")
+    for attribute in ("__init__", "__call__"):  # the keys, then each chunk
+        wrap(TextAttention, attribute, "cross-attention")
     for number, some in enumerate(model.blocks):
         work = some.forward
 
@@ -208,7 +212,7 @@ class Profile:
         team = form_team(world, Split(1, 1, world.size))
         usual = Spread(team.sequence, team.part, world.size)
         processors = [attention.processor for attention, _ in self_attentions(model)]
-        Spreading(model, usual, team.mesh)
+        Spreading(model, usual)
         ways = [replace(usual, parts=parts) for parts in args.parts]
         ways += [replace(usual, groups=groups, parts=1) for groups in args.groups]
         for spread in ways:

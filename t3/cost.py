@@ -167,9 +167,13 @@ def activation_bytes(
         block = max(batch * (2 * wide + 2 * narrow + float_copy), batch * (10 * narrow + float_copy) + joined)
     else:
         block = block_bytes(shape.block(tokens, batch=batch, element=element, beside=beside), share)
-    rope_tables = 2 * tokens * (shape.dim // shape.heads) * 4
     control = (len(shape.control_layers) + 1) * narrow if shape.control_layers else 0
-    return rope_tables + batch * control + max(block, end)
+    return turns_bytes(tokens, shape.dim // shape.heads) + batch * control + max(block, end)
+
+
+def turns_bytes(tokens: int, head_dim: int) -> int:
+    """RoPE's float32 cosines and sines, as diffusers holds them."""
+    return 2 * tokens * head_dim * 4
 
 
 def model_cost(

@@ -14,7 +14,7 @@ from diffusers.models.transformers.transformer_wan_vace import WanVACETransforme
 from .attention import t3_attention
 from .backends import Backend, Situation, choose
 from .block import Windows
-from .cost import ModelShape, activation_bytes
+from .cost import ModelShape, activation_bytes, turns_bytes
 from .device_memory import free_bytes
 from .diffusers_block import BlockByChunks, turns
 from .fused import attention_from_projections, norm_weight, refusal
@@ -192,12 +192,13 @@ def install_t3(
     """Switch the self-attention of every block of `transformer` to T3 under `plan`, in place, and have blocks work by
     chunks of tokens where clips are large.
 
-    The grid is read from the latents at each forward: any size works without installing again. Cross-attention is left
-    alone. backend: that of `t3.t3_attention`.
+    The grid is read from the latents at each forward: any size works without installing again. Cross-attention attends
+    all keys as ever, in blocks by chunks by what attends windows (see `text_attention.backend_for_text`), unless
+    `set_attention_backend` says otherwise. backend: that of `t3.t3_attention`.
     memory: `"fast"`, `"lean"` or `"auto"` (see `memory.pick`), or bytes that attention may take beside a block's input
     and output: the fastest way within them is taken, or the leanest. None is `"fast"`.
     say: told, once, which way was taken and why, and what stands in the way of chunks.
-    spread: the ranks that share the tokens of a video; see `parallel.sequence.Spreading`, to be made afterwards.
+    spread: the ranks that share the tokens of a video; see `parallel.spreading.Spreading`, to be made afterwards.
     """
     attentions = self_attentions(transformer)
     bound = memory if isinstance(memory, int) else None
@@ -239,11 +240,12 @@ def _share(
 ) -> tuple[Share, str]:
     """How blocks share out their work on these latents, and why, in words where it matters."""
     shape = ModelShape.from_config(module.config)
-    ways = shares(shape.heads)
+    ways, others_turns = shares(shape.heads), 0
     if spread is not None:
-        # A rank's own tokens of all heads weigh as much as all tokens of its heads; RoPE's tables are of all tokens.
-        tokens, shape = max(spread.shares(tokens)), replace(shape, heads=max(1, shape.heads // spread.size))
-        ways = shares(shape.heads, parts=False)
+        # A rank's own tokens of all heads weigh as much as all tokens of its heads, but not in RoPE's tables.
+        tokens, head_dim = max(spread.shares(tokens)), shape.dim // shape.heads
+        shape = replace(shape, heads=max(1, shape.heads // spread.size))
+        ways, others_turns = shares(shape.heads, parts=False), turns_bytes(tokens, shape.dim // shape.heads - head_dim)
     size = {"batch": latents.shape[0], "element": latents.element_size()}
 
     block = shape.block(tokens, **size)
@@ -252,7 +254,7 @@ def _share(
         return 0 if spread is None else spread.more_bytes(block.tensor, shape.heads, share.heads)
 
     def needed(share: Share) -> int:
-        return activation_bytes(shape, tokens, **size, share=share) + more(share)
+        return activation_bytes(shape, tokens, **size, share=share) + more(share) - others_turns
 
     if isinstance(memory, int):
         beside = 2 * block.tensor

@@ -12,8 +12,9 @@ from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
 from t3 import Plan, chunks, memory
 from t3.parallel import sequence
 from t3.parallel.guidance import GuidanceSplit
-from t3.parallel.sequence import Spread, Spreading
+from t3.parallel.sequence import Spread
 from t3.parallel.split import Split
+from t3.parallel.spreading import Spreading
 from t3.parallel.team import form_team
 from t3.parallel.world import World
 from t3.plan import Grid
@@ -132,7 +133,7 @@ def check(world: World, name: str, case: Case) -> None:
     said = []
     install_t3(model, PLAN, memory=case.memory, spread=spread, say=said.append)
     if spread is not None:
-        Spreading(model, spread, team.mesh)
+        Spreading(model, spread)
     if team.guidance is not None:
         GuidanceSplit(model, team.guidance, team.prediction)
     found = predict(model, common, texts)

@@ -18,7 +18,7 @@ def test_every_row_is_measured(tmp_path, size):
     assert result["machine"]["ranks"] == size
     cases = [row["case"] for row in rows]
     exchanges = ["exchange", "exchange", "all-to-all"]
-    assert cases == (["alone"] if size == 1 else ["alone", "guidance", *["sequence"] * 3, *exchanges])
+    assert cases == (["alone"] if size == 1 else ["alone", "sequence", "sequence", *exchanges, "sequence", "guidance"])
     for row in rows:
         assert row["seconds"] > 0 and len(row["runs"]) == 1
         if row["case"] in ("sequence", "guidance"):
@@ -28,6 +28,15 @@ def test_every_row_is_measured(tmp_path, size):
             assert row["bytes_sent"] == row["tensors"] * ((row["tokens"] + 1) // 2 * 256 * 4 // 2)
     # A table for people, with a line for each row.
     assert len([line for line in found[0][1].splitlines() if line.startswith("| 1.3b |")]) == len(rows)
+
+
+def test_no_row_is_begun_that_would_end_too_late(tmp_path):
+    out = tmp_path / "rows.json"
+    program = [ROOT / "benchmarks" / "parallel_4k.py", "--tiny", "--models", "1.3b", "--seconds", "0", "--out", out]
+    ((status, _, err),) = ends(start_ranks(1, *program))
+    assert status == 0, err
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert not result["rows"] and result["left_out"] == 1
 
 
 def test_the_profile_tells_every_part_of_every_layer(tmp_path):

@@ -1,6 +1,8 @@
 """Ranks that fail, die, never come or are different: what is said, how all end, and what is left on disk."""
 
 import json
+import os
+import platform
 import re
 import signal
 import sys
@@ -9,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from parallel_fixtures import TESTS, ends, start_ranks, start_torchrun
+from parallel_faults import nobodys
+from parallel_fixtures import ROOT, TESTS, ends, environment, start_ranks, start_torchrun
 
 from t3.errors import T3Error
 from t3.generate import main as generate_main
@@ -236,3 +239,23 @@ def test_cards_and_nccl_are_looked_for_first(monkeypatch, cards, nccl, name, wor
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
     with pytest.raises(T3Error, match=words):
         World(rank=1, size=2, local_rank=1, local_size=2).start(name)
+
+
+def test_ranks_find_what_lies_on_the_path_already(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "packages")
+    assert environment()["PYTHONPATH"].split(os.pathsep) == [str(ROOT), str(TESTS), "packages"]
+    monkeypatch.delenv("PYTHONPATH")
+    assert environment()["PYTHONPATH"].split(os.pathsep) == [str(ROOT), str(TESTS)]
+
+
+def test_what_is_kept_of_a_fault_names_neither_machine_nor_folders():
+    frame = f'  File "{ROOT / "t3" / "generate.py"}", line 234, in _generate'
+    assert nobodys(frame) == f'  File "t3{os.sep}generate.py", line 234, in _generate'
+    assert nobodys('File "/opt/some.where/lib/python3.12/site-packages/torch/run.py", line 1') == (
+        'File ".../run.py", line 1'
+    )
+    assert nobodys(r'File "C:\Users\me\torch\run.py", line 1') == 'File ".../run.py", line 1'
+    assert nobodys(f"host      : {platform.node()}\nrank      : 1") == "host      : HOST\nrank      : 1"
+    # No paths: fractions, addresses of the web, tests of a number.
+    for text in ("1/2 done", "see https://pytorch.org/docs/stable/elastic/errors.html", "tests/parallel.py FAILED"):
+        assert nobodys(text) == text

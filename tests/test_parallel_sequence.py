@@ -5,11 +5,12 @@ from itertools import pairwise
 import pytest
 import torch
 
+from t3 import chunks
 from t3.backends import BACKENDS
 from t3.block import Windows
 from t3.errors import T3Error
 from t3.memory import BlockShape, block_bytes, shares
-from t3.parallel.sequence import Spread, _Layer, _runs, _within, attend_over_ranks
+from t3.parallel.sequence import Spread, _cut, _Layer, _runs, attend_over_ranks
 from t3.plan import Grid, Partition
 
 WINDOWS = Windows(Grid(3, 5, 7), Partition(1, 2, 3), BACKENDS["sdpa"])
@@ -34,16 +35,23 @@ def test_each_leaner_way_needs_less(heads):
     assert all(a > b for a, b in pairwise(needs)), needs
 
 
-def test_runs_make_up_all_tokens_and_cut_chunks():
+def test_runs_make_up_all_tokens_and_so_do_their_chunks(monkeypatch):
+    monkeypatch.setattr(chunks, "TILE", 4)
     for tokens in (0, 1, 5, 53, 100):
         for count in (1, 2, 7):
             runs = _runs(tokens, count)
             assert len(runs) == count
             assert [row for run in runs for row in range(tokens)[run]] == list(range(tokens))
-            chunks = [slice(start, min(start + 9, tokens)) for start in range(0, tokens, 9)]
-            cut = [some for run in runs for some in _within(chunks, run)]
+            cut = [some for run in runs for some in _cut(run, 2, 18)]
             assert [row for some in cut for row in range(tokens)[some]] == list(range(tokens))
-            assert all(some.stop > some.start for some in cut)
+            assert all(0 < some.stop - some.start <= 9 for some in cut)
+
+
+def test_no_run_ends_in_a_chunk_of_a_few_tokens():
+    """Which every card would have to be given work for: the 1.3B at 4K on two, in four parts."""
+    runs = _runs(342_720, 4)
+    lengths = [some.stop - some.start for run in runs for some in _cut(run, 1, 28_672)]
+    assert len(lengths) == 12 and min(lengths) > 0.9 * max(lengths)
 
 
 @pytest.mark.parametrize("groups", [1, 3])

@@ -2,7 +2,8 @@
 some heads (Ulysses, arXiv 2309.14509). T3's windows are taken between the two exchanges.
 
 Projections, the norms over the full width and the rotation need a rank's own tokens only, so they are done before, and
-written as they are sent: what goes to a rank lies together. What stays here is copied while the rest is on its way.
+written as they are sent: what goes to a rank lies together. What stays here is copied while the last of the rest is on
+its way.
 What arrives needs no more than grouping; the mean of the groupings is taken before the way back.
 
 Nothing is sent while windows are attended: an attention kernel that spreads over the whole card waits for the
@@ -19,18 +20,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from ..block import Projections, Windows, attend_heads
+from ..chunks import token_chunks
 from ..errors import T3Error
 from ..fused import attend_groups, refusal
 from ..kernels.window_group.op import window_group, window_group_into
 from ..windows import token_rows
 
 # Runs of a rank's tokens. While one is sent the next is projected; while one comes back the rest of the block works on
-# the one before. Two H100, the 1.3B at 4K: 3.118 s a forward with 1, where every exchange is waited for, 3.113 with 2;
-# five layers with 1, 2, 4, 8: 540, 539, 537, 544 ms.
-PARTS = 2
+# the one before. All parts have the memory of one: what is sent and what arrives are there at once in any case.
+# Two H100, the 1.3B at 4K: five layers take 540.0, 539.0, 536.8 and 543.7 ms in 1, 2, 4 and 8 parts. With more, the
+# last one's exchange, which nothing hides, is shorter; and the projections meet more of the others'.
+PARTS = 4
 
 
 @dataclass(frozen=True)
@@ -69,15 +71,18 @@ def attend_projections(
     """As `block.attend`, of one rank's tokens: p and chunks are of these.
 
     most: heads to attend at once at most, of the `heads / size` of this rank; None: all.
-    Returns `[B, n, width]`, of its own, and the chunks: the tokens of each are there when the iterator gives it.
+    Returns `[B, n, width]`, of its own, and chunks of at most that size, cut where parts end: the tokens of each are
+    there when the iterator gives it.
     """
     layer = _Layer(spread, windows, p.heads, p.shape, p.like, most)
-    for part, run in enumerate(layer.parts):
-        for rows in _within(chunks, run):
+    rows_at_once = max(rows.stop - rows.start for rows in chunks) * p.shape[0]
+    cut = [_cut(run, p.shape[0], rows_at_once) for run in layer.parts]
+    for part, some in enumerate(cut):
+        for rows in some:
             _project(p, layer, rows)
         if layer.groups == 1:
             layer.send(0, part)
-    return layer.attend(chunks)
+    return layer.attend([rows for some in cut for rows in some])
 
 
 def attend_over_ranks(
@@ -135,6 +140,7 @@ class _Layer:
         self.packed = [like.new_empty(self.groups, spread.size, self.batch, tokens, self.piece) for _ in range(3)]
         self._received: list[torch.Tensor] = []
         self._works: list[Any] = []
+        self._stays: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def _parts_of(self, tokens: int) -> list[slice]:
         return _runs(tokens, self.spread.parts if self.groups == 1 else 1)
@@ -169,8 +175,7 @@ class _Layer:
         give = [[x[number, to, b, run] for x in self.packed for b in samples] for to in range(self.spread.size)]
         take = [[x[b, rows] for x in self._received for b in samples] for rows in everyones]
         self._works += _swap(give, take, self.spread)
-        for mine, here in zip(give[self.spread.rank], take[self.spread.rank], strict=True):
-            here.copy_(mine)
+        self._stays += zip(take[self.spread.rank], give[self.spread.rank], strict=True)
 
     def attend(self, chunks: Sequence[slice]) -> tuple[torch.Tensor, Iterator[slice]]:
         """See `attend_projections`."""
@@ -206,6 +211,10 @@ class _Layer:
 
     def _receive(self) -> list[torch.Tensor]:
         """q, k, v of all tokens, `[B, N, piece]`, once they are there."""
+        # While the last part is on its way; before, it would keep the next from being projected.
+        for here, mine in self._stays:
+            here.copy_(mine)
+        self._stays = []
         _wait(self._works)
         if self.groups == 1:
             self.packed = []
@@ -285,12 +294,12 @@ def _runs(tokens: int, count: int) -> list[slice]:
     return [slice(start, stop) for start, stop in pairwise(ends)]
 
 
-def _within(chunks: Sequence[slice], run: slice) -> Iterator[slice]:
-    """What of the chunks lies in the run."""
-    for rows in chunks:
-        some = slice(max(rows.start, run.start), min(rows.stop, run.stop))
-        if some.start < some.stop:
-            yield some
+def _cut(run: slice, batch: int, rows: int) -> list[slice]:
+    """A run of tokens in chunks of at most so many rows (samples x tokens), as even as can be."""
+    if run.start == run.stop:
+        return []
+    found = token_chunks(run.stop - run.start, batch, rows)
+    return [slice(run.start + some.start, run.start + some.stop) for some in found]
 
 
 def _swap(give: list[list[torch.Tensor]], take: list[list[torch.Tensor]], spread: Spread) -> list[Any]:
@@ -313,68 +322,3 @@ def _wait(works: list[Any]) -> None:
     """Until all is there: a card waits, its process does not. The list is emptied."""
     while works:
         works.pop().wait()
-
-
-class Spreading:
-    """A transformer whose tokens are spread over the ranks of `spread`, by diffusers' own hooks where they serve.
-
-    To be made after T3 is installed, whose attention takes over in between. mesh: with diffusers' dimensions `ring`, of
-    size 1, and `ulysses`. Every rank must be given the same inputs, and gets the whole output.
-    """
-
-    def __init__(self, transformer: Any, spread: Spread, mesh: Any) -> None:
-        # Not `enable_parallelism`: it needs an accelerator, and its attention waits for each all-to-all.
-        from diffusers import ContextParallelConfig
-        from diffusers.hooks.context_parallel import apply_context_parallel
-
-        self.transformer, self.spread = transformer, spread
-        # "anything": tokens that the ranks do not divide are split by `tensor_split`.
-        config = ContextParallelConfig(ulysses_degree=spread.size, ulysses_anything=True, mesh=mesh)
-        config.setup(dist.get_rank(), dist.get_world_size(), mesh.device_type, mesh)
-        self._plan = _plan(transformer)
-        # Its gather asks for sizes at each call, and gloo cannot gather different ones.
-        del self._plan["proj_out"]
-        apply_context_parallel(transformer, config, self._plan)
-        self._tokens = 0
-        self._hooks = [
-            transformer.patch_embedding.register_forward_hook(self._count),
-            transformer.proj_out.register_forward_hook(self._gather),
-        ]
-
-    def remove(self) -> None:
-        """Each rank has all tokens again. T3's processors must be told apart, or removed."""
-        from diffusers.hooks.context_parallel import remove_context_parallel
-
-        remove_context_parallel(self.transformer, self._plan)
-        for hook in self._hooks:
-            hook.remove()
-
-    def _count(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        self._tokens = output.shape[2:].numel()
-
-    def _gather(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        return gather(output, self.spread, self._tokens)
-
-
-def _plan(transformer: Any) -> dict[str, Any]:
-    from diffusers.models._modeling_parallel import ContextParallelInput
-    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
-
-    plan = dict(transformer._cp_plan or WanTransformer3DModel._cp_plan)
-    tokens = ContextParallelInput(split_dim=1, expected_dims=3)
-    # diffusers has no plan for VACE: each of its blocks is given the video, the first the control as well.
-    for number in range(len(getattr(transformer, "vace_blocks", ()))):
-        plan[f"vace_blocks.{number}"] = {"hidden_states": tokens}
-        if number == 0:
-            plan["vace_blocks.0"]["control_hidden_states"] = tokens
-    return plan
-
-
-def gather(x: torch.Tensor, spread: Spread, tokens: int) -> torch.Tensor:
-    """`[B, n, C]` of each rank to `[B, tokens, C]` on every rank."""
-    shares = spread.shares(tokens)
-    most, own = max(shares), shares[spread.rank]
-    padded = x.contiguous() if own == most else torch.cat([x, x.new_zeros(x.shape[0], most - own, x.shape[2])], 1)
-    parts = [torch.empty_like(padded) for _ in shares]
-    dist.all_gather(parts, padded, group=spread.group)
-    return torch.cat([part[:, :share] for part, share in zip(parts, shares, strict=True)], dim=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .split import Split
+from .split import NAMES, Split
 from .world import World
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ class Team:
     group: Any = None
     guidance: Any = None
     sequence: Any = None
-    mesh: Any = None
     _told: int = 0
     _ranks: Ranks | None = None
 
@@ -78,9 +77,9 @@ class Team:
     def divide(self, transformer: Any, spread: Spread | None) -> None:
         """Have `transformer`, on which T3 is installed with this `spread`, compute this rank's part alone."""
         if spread is not None:
-            from .sequence import Spreading
+            from .spreading import Spreading
 
-            Spreading(transformer, spread, self.mesh)
+            Spreading(transformer, spread)
         if self.guidance is not None:
             from .guidance import GuidanceSplit
 
@@ -96,11 +95,8 @@ def form_team(world: World, split: Split) -> Team:
     from torch.distributed.device_mesh import init_device_mesh
 
     assert world.device is not None
-    # With the names and the order that diffusers wants; a ring of one does nothing.
-    names = ("data", "guidance", "ring", "ulysses")
-    mesh = init_device_mesh(world.device.type, (split.data, split.guidance, 1, split.sequence), mesh_dim_names=names)
-    team.mesh = mesh
-    team.group = mesh["guidance", "ring", "ulysses"]._flatten("team").get_group()
+    mesh = init_device_mesh(world.device.type, (split.data, split.guidance, split.sequence), mesh_dim_names=NAMES)
+    team.group = mesh["guidance", "sequence"]._flatten("team").get_group()
     team.guidance = mesh["guidance"].get_group() if split.guidance > 1 else None
-    team.sequence = mesh["ulysses"].get_group() if split.sequence > 1 else None
+    team.sequence = mesh["sequence"].get_group() if split.sequence > 1 else None
     return team

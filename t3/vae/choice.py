@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache, partial
 
 from .balance import longest
 from .memory import tile_bytes
@@ -22,14 +22,25 @@ class Choice:
     """Tile cores of at most `tile` (rows, columns; in latents), `bytes` each at most, `work` times the untiled work."""
 
     tile: tuple[int, int]
-    bytes: int
     work: float
+    count: Callable[[], int] = field(repr=False, compare=False)
+
+    @cached_property
+    def bytes(self) -> int:
+        # Not counted before it is asked for: of a thousand tiles a few are looked at so closely.
+        return self.count()
+
+    @property
+    def order(self) -> tuple[float, int]:
+        """The cheapest first, and the smallest first among equals."""
+        return self.work, self.tile[0] * self.tile[1]
 
 
 def weigh(structure: Structure, height: int, width: int, tile: tuple[int, int], itemsize: int) -> Choice:
     """What decoding `height` x `width` latents in tiles of at most `tile` takes."""
     rows, cols = _Axis(structure, height, tile[0]), _Axis(structure, width, tile[1])
-    return _weigh(structure, rows, cols, _Axis(structure, height, height), _Axis(structure, width, width), itemsize)
+    untiled = _work(structure, _Axis(structure, height, height), _Axis(structure, width, width))
+    return _weigh(structure, rows, cols, untiled, itemsize)
 
 
 @lru_cache(maxsize=8)
@@ -38,16 +49,19 @@ def choices(structure: Structure, height: int, width: int, itemsize: int) -> tup
 
     Remembered: at 4K there are more than a thousand, which takes as long as some tiles do.
     """
-    rows, cols = list(_axes(structure, height)), list(_axes(structure, width))
-    found = [_weigh(structure, row, col, rows[0], cols[0], itemsize) for row in rows for col in cols]
-    return tuple(sorted(found, key=lambda choice: (choice.work, choice.bytes)))
+    rows, cols = _axes(structure, height), _axes(structure, width)
+    untiled = _work(structure, rows[0], cols[0])
+    found = [_weigh(structure, row, col, untiled, itemsize) for row in rows for col in cols]
+    return tuple(sorted(found, key=lambda choice: choice.order))
 
 
 def best(found: Sequence[Choice], memory: int) -> Choice | None:
     """The cheapest that fits; of those as good, the smallest."""
-    fitting = [choice for choice in found if choice.bytes <= memory]
-    as_good = [choice for choice in fitting if choice.work <= _AS_GOOD * fitting[0].work]
-    return min(as_good, key=lambda choice: choice.bytes, default=None)
+    cheapest = next((choice for choice in found if choice.bytes <= memory), None)
+    if cheapest is None:
+        return None
+    as_good = [choice for choice in found if choice.work <= _AS_GOOD * cheapest.work]
+    return min((choice for choice in as_good if choice.bytes <= memory), key=lambda choice: choice.bytes)
 
 
 @lru_cache(maxsize=8)
@@ -81,7 +95,7 @@ def share_out(
             # Only a bound of it, for where nothing better fits.
             busiest = choice.work / ranks + max(work(r, c) for r, _ in high[:2] for c, _ in wide[:2]) / untiled
         shared.append(replace(choice, work=busiest))
-    return tuple(sorted(shared, key=lambda choice: (choice.work, choice.bytes)))
+    return tuple(sorted(shared, key=lambda choice: choice.order))
 
 
 def tile_costs(structure: Structure, height: int, width: int, tile: tuple[int, int]) -> list[float]:
@@ -134,20 +148,20 @@ def _needs(structure: Structure, span: Span) -> AxisSpans:
     return axis_spans(span.scaled(structure.upscale), structure.reach, structure.head_radius)
 
 
-def _axes(structure: Structure, size: int) -> Iterator[_Axis]:
+@lru_cache(maxsize=8)
+def _axes(structure: Structure, size: int) -> tuple[_Axis, ...]:
     """Every way to cut an axis that makes a difference, from one tile to tiles of one latent."""
-    for most in sorted({-(-size // count) for count in range(1, size + 1)}, reverse=True):
-        yield _Axis(structure, size, most)
+    ways = sorted({-(-size // count) for count in range(1, size + 1)}, reverse=True)
+    return tuple(_Axis(structure, size, most) for most in ways)
 
 
-def _weigh(structure: Structure, rows: _Axis, cols: _Axis, all_rows: _Axis, all_cols: _Axis, itemsize: int) -> Choice:
-    core = Window(rows.widest, cols.widest)
-    windows = tile_windows(core.scaled(structure.upscale), structure.reach, structure.head_radius)
-    return Choice(
-        (rows.most, cols.most),
-        tile_bytes(structure, windows, core, itemsize),
-        _work(structure, rows, cols) / _work(structure, all_rows, all_cols),
-    )
+def _weigh(structure: Structure, rows: _Axis, cols: _Axis, untiled: int, itemsize: int) -> Choice:
+    def count() -> int:
+        core = Window(rows.widest, cols.widest)
+        windows = tile_windows(core.scaled(structure.upscale), structure.reach, structure.head_radius)
+        return tile_bytes(structure, windows, core, itemsize)
+
+    return Choice((rows.most, cols.most), _work(structure, rows, cols) / untiled, count)
 
 
 def _work(structure: Structure, rows: Part, cols: Part) -> int:

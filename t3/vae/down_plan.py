@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import lru_cache, partial
 
 import torch
@@ -58,10 +57,10 @@ def down_weigh(structure: DownStructure, height: int, width: int, tile: tuple[in
 @lru_cache(maxsize=8)
 def down_choices(structure: DownStructure, height: int, width: int, itemsize: int) -> tuple[Choice, ...]:
     """Every sensible tile for this picture, the cheapest first, and the smallest first among equals. Remembered."""
-    rows, cols = list(_axes(structure, height)), list(_axes(structure, width))
+    rows, cols = _axes(structure, height), _axes(structure, width)
     untiled = _work(structure, rows[0], cols[0])
     found = [_weigh(structure, row, col, untiled, itemsize) for row in rows for col in cols]
-    return tuple(sorted(found, key=lambda choice: (choice.work, choice.bytes)))
+    return tuple(sorted(found, key=lambda choice: choice.order))
 
 
 @lru_cache(maxsize=8)
@@ -89,16 +88,19 @@ class _Axis(Axis):
         self.widest = max(zip(spans, needs, strict=True), key=lambda pair: pair[1][0].length)[0]
 
 
-def _axes(structure: DownStructure, size: int) -> Iterator[_Axis]:
+@lru_cache(maxsize=8)
+def _axes(structure: DownStructure, size: int) -> tuple[_Axis, ...]:
     """Every way to cut an axis that makes a difference, from one tile to tiles of one latent."""
-    for most in sorted({-(-size // count) for count in range(1, size + 1)}, reverse=True):
-        yield _Axis(structure, size, most)
+    ways = sorted({-(-size // count) for count in range(1, size + 1)}, reverse=True)
+    return tuple(_Axis(structure, size, most) for most in ways)
 
 
 def _weigh(structure: DownStructure, rows: _Axis, cols: _Axis, untiled: int, itemsize: int) -> Choice:
-    windows = down_windows(Window(rows.widest, cols.widest), structure.reach, structure.first_radius)
-    work = _work(structure, rows, cols) / untiled
-    return Choice((rows.most, cols.most), down_tile_bytes(structure, windows, itemsize), work)
+    def count() -> int:
+        windows = down_windows(Window(rows.widest, cols.widest), structure.reach, structure.first_radius)
+        return down_tile_bytes(structure, windows, itemsize)
+
+    return Choice((rows.most, cols.most), _work(structure, rows, cols) / untiled, count)
 
 
 def _work(structure: DownStructure, rows: Part, cols: Part) -> int:

@@ -51,8 +51,8 @@ def decode_shared(
         tile: the same on every rank.
         say: told on rank 0 what any rank resorts to.
         report: takes on each rank the tile, its share of frames and tiles, `balance` (the mean of all ranks' work in
-            tiles over the busiest's), and seconds of the middle stage, of its own tiles, and of rank 0's wait for the
-            others after that; of the last clip.
+            tiles over the busiest's), and seconds of the choice of tiles, which every rank makes, of the middle stage,
+            of its own tiles, and of rank 0's wait for the others after that; of the last clip.
 
     Returns:
         `out` on rank 0, None on the others.
@@ -61,6 +61,7 @@ def decode_shared(
         T3Error: on every rank, as `decode_frames`. RankLost: another process is gone.
     """
     say = say or logging.getLogger(__name__).warning
+    began = time.perf_counter()
     asked = ranks.agree(partial(_asked, decoder, latents, out, ranks))[0]
     assert asked is not None
     batch, size, structure = asked.batch, asked.size, decoder.structure
@@ -81,6 +82,7 @@ def decode_shared(
             "tiles": len(pieces),
             "own_tiles": len(mine),
             "balance": sum(busy) / ranks.size / max(busy),
+            "plan_seconds": time.perf_counter() - began,
         }
     if ranks.first and out is None:
         out = torch.empty(_frames_shape(decoder, batch, size), dtype=asked.dtype)
