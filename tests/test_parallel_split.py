@@ -61,9 +61,15 @@ def test_auto_takes_the_fastest(size, task, expected):
 
 
 def test_the_estimate_is_what_two_cards_were_measured_to_give():
-    measured = Measured.read([ROOT / "benchmarks" / "parallel_4k_2_h100.json"])
-    for splits, seconds in ((Split(1, 2, 1), measured.guidance), (Split(1, 1, 2), measured.sequence)):
-        times = (2 if splits.guidance == 2 else 1) * measured.forward["1.3b"] / seconds["1.3b", 2]
+    older, newer = (
+        Measured.read([ROOT / "benchmarks" / name])
+        for name in ("older/parallel_4k_2_h100.json", "parallel_4k_2_h200.json")
+    )
+    for splits, one, two in (
+        (Split(1, 2, 1), older.forward, older.guidance),
+        (Split(1, 1, 2), newer.forward, newer.sequence),
+    ):
+        times = (2 if splits.guidance == 2 else 1) * one["1.3b"] / two["1.3b", 2]
         # As many figures as the constants have.
         assert Split().cost(TASK) / splits.cost(TASK) == pytest.approx(times, abs=0.001)
 

@@ -169,10 +169,12 @@ def test_more_gpus_make_a_clip_sooner_and_dearer():
 
 
 def test_the_command_puts_the_tables_into_a_document(files, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
     page = tmp_path / "page.md"
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     arguments = ["scaling", *map(str, files), "--price", "3", "--into", str(page)]
-    assert bench.main(arguments) == 0
+    assert bench.main([*arguments, "--plot", str(tmp_path / "plot.png")]) == 0
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out.strip()
     assert page.read_text() == f"before\n{BEGIN}\n\n{printed}\n\n{END}\nafter\n"
     assert "3.00 $ a" in printed
@@ -187,5 +189,5 @@ def test_the_page_in_the_docs_is_what_the_command_prints():
     measured = sorted((ROOT / "benchmarks").glob("parallel_*.json"))
     page = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
     shown = page.partition(BEGIN)[2].partition(END)[0].strip()
-    command = "python -m t3.bench scaling benchmarks/parallel_*.json --into docs/scaling.md"
+    command = "python -m t3.bench scaling benchmarks/parallel_*.json --into docs/scaling.md --plot docs/scaling.png"
     assert shown == document(Measured.read(measured)), f"run: {command}"

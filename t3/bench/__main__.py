@@ -46,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
             )
             command.add_argument("--price", type=float, default=2.5, metavar="N", help="of a GPU's hour (default: 2.5)")
             command.add_argument("--into", type=Path, metavar="FILE", help="a document whose figures to replace")
+            command.add_argument("--plot", type=Path, metavar="FILE", help="a PNG to draw, or to draw anew")
             continue
         command.add_argument("--plots", type=Path, metavar="DIR", help="draw PNG files there (needs matplotlib)")
         command.add_argument("--overwrite", action="store_true", help="replace output that exists")
@@ -236,8 +237,14 @@ def _scaling(args: argparse.Namespace) -> int:
 
     if not args.price > 0:
         raise T3Error(f"--price is {args.price:g}; give what a GPU's hour costs, above 0.")
-    text = document(Measured.read(args.files), args.price)
+    measured = Measured.read(args.files)
+    text = document(measured, args.price)
     print(text, flush=True)
+    if args.plot:
+        from .scaling_plot import draw_scaling
+
+        draw_scaling(measured, args.plot)
+        cli.say(f"wrote      {args.plot}")
     if args.into:
         put_into(args.into, text)
         cli.say(f"wrote      {args.into}")

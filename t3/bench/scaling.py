@@ -81,7 +81,8 @@ class Measured:
                 raise T3Error(f"{file} is no result of one of benchmarks/parallel_*.py: {error}") from None
             machine = data.get("machine", {})
             card = machine.get("machine") or machine.get("device")
-            if card and card not in found.cards:
+            taken = any("seconds" in row or "clips_an_hour" in row for row in [*rows, *runs])
+            if taken and card and card not in found.cards:
                 found.cards.append(card)
             for row in rows:
                 found._take(row)

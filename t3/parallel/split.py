@@ -13,10 +13,11 @@ from ..errors import T3Error
 
 AUTO = "auto"
 NAMES = ("data", "guidance", "sequence")
-# How much faster two ranks are than one: measured on two H100 with the 1.3B at 4K, benchmarks/parallel_4k_2_h100.json.
-# Predictions meet once a step, tokens four times a layer; prompts share nothing.
+# How much faster two ranks are than one, measured with the 1.3B at 4K: predictions, which meet once a step, on two H100
+# (benchmarks/older/parallel_4k_2_h100.json; two H200 gave 2.01, which is noise), tokens, which meet four times a layer,
+# on two H200 (benchmarks/parallel_4k_2_h200.json). Prompts share nothing.
 GUIDANCE_OF_TWO = 1.985
-SEQUENCE_OF_TWO = 1.789
+SEQUENCE_OF_TWO = 1.853
 
 
 @dataclass(frozen=True)
