@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..t3.block import by_chunks
-from ..t3.chunks import of_tokens, token_chunks
+from ..t3.chunks import of_tokens, side_by_side, token_chunks
 from ..t3.feed_forward import feed_forward
 from ..t3.kernels.add_norm.op import add_, add_norm
 from ..t3.memory import BlockShape
@@ -111,7 +111,7 @@ class _Pass:
         def rest(rows: slice, slot: torch.Tensor) -> None:
             # A matrix product of rows that do not follow each other would round otherwise.
             y = project.call(slot.contiguous()) if project else update[:, rows]
-            x, gate = self._some(rows), self._of(2, rows)
+            x, gate = side_by_side(self.x[:, rows]), self._of(2, rows)
             if whole:
                 add_(x, y, gate, into=slot)
                 return
@@ -148,12 +148,7 @@ class _Pass:
 
     def _normed(self, rows: slice) -> torch.Tensor:
         """What self-attention gets of these tokens."""
-        return self.normed(self.block.norm1, self._some(rows), self._of(1, rows), self._of(0, rows))
-
-    def _some(self, rows: slice) -> torch.Tensor:
-        """These tokens, channels side by side, which those of the patch embedding are not."""
-        x = self.x[:, rows]
-        return x if x.stride(2) == 1 else x.contiguous()
+        return self.normed(self.block.norm1, side_by_side(self.x[:, rows]), self._of(1, rows), self._of(0, rows))
 
     @staticmethod
     def normed(norm: Any, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, update=None) -> torch.Tensor:

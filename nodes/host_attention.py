@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from ..t3.backends import BACKENDS, Backend, Situation, installed
-from ..t3.text_attention import attend_text, backend_for_text
+from ..t3.backends import BACKENDS, Backend, installed
+from ..t3.text_attention import attend_text, serving
 
 _FLAGS = (
     "use_sage_attention",
@@ -76,10 +76,6 @@ def with_ours(options: Mapping[str, Any], backend: Backend, say: Callable[[str],
             asked = ", ".join(beyond) or "tensors of other kinds"
             say(f"cross-attention is the host's own: it is called with {asked}.")
             return original(q, k, v, heads, *more, **how)
-        situation = Situation(q.device, q.dtype, q.shape[2] // heads, windows=(k.shape[1],))
-        found, why = backend_for_text(backend, situation)
-        if why is not None:
-            say(f"cross-attention is computed by {found.name}: {why}.")
-        return attend_text(q, k, v, heads, found)
+        return attend_text(q, k, v, heads, serving(backend, q, k, heads, say))
 
     return {**options, "optimized_attention_override": override}

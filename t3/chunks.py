@@ -18,6 +18,11 @@ def token_chunks(tokens: int, batch: int, rows: int) -> list[slice]:
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
+def side_by_side(x: torch.Tensor) -> torch.Tensor:
+    """x `[B, n, dim]` with the channels of each token side by side, which those of the patch embedding are not."""
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
 def of_tokens(modulation: torch.Tensor, rows: slice, tokens: int) -> torch.Tensor:
     """Of a modulation `[B, m, dim]`, what the tokens `rows` of `tokens` get: `[B, 1 or len(rows), dim]`.
 

@@ -16,7 +16,7 @@ from diffusers.models.transformers.transformer_wan_vace import WanVACETransforme
 from torch import nn
 
 from .block import Linear, Projections, Windows, attend, by_chunks
-from .chunks import of_tokens, token_chunks
+from .chunks import of_tokens, side_by_side, token_chunks
 from .diffusers_text import TextAttention
 from .feed_forward import feed_forward
 from .fused import norm_weight
@@ -95,7 +95,7 @@ class BlockByChunks:
 
         def normed(rows: slice) -> torch.Tensor:
             shift, scale, *_ = six(rows)
-            return add_norm(_side_by_side(x[:, rows]), scale=scale, shift=shift, eps=block.norm1.eps)
+            return add_norm(side_by_side(x[:, rows]), scale=scale, shift=shift, eps=block.norm1.eps)
 
         ours = self.attention(block.attn1)
         projections = None if ours is None else _projections(block.attn1, x, normed, rotary)
@@ -125,7 +125,7 @@ class BlockByChunks:
             _, _, gate, shift, scale, last_gate = six(rows)
             # A matrix product of rows that do not follow each other would round otherwise.
             y = block.attn1.to_out[1](block.attn1.to_out[0](slot.contiguous())) if update is None else update[:, rows]
-            before = _side_by_side(x[:, rows])
+            before = side_by_side(x[:, rows])
             if isinstance(block.norm2, nn.Identity):
                 add_(before, y, gate, into=slot)
                 between = slot.contiguous()
@@ -138,11 +138,6 @@ class BlockByChunks:
             add_(slot, feed_forward(between, up, down), last_gate)
 
         return by_chunks(out, arriving, rest)
-
-
-def _side_by_side(x: torch.Tensor) -> torch.Tensor:
-    """x with the channels of each token side by side, which those of the patch embedding are not."""
-    return x if x.stride(2) == 1 else x.contiguous()
 
 
 def _modulation(table: torch.Tensor, temb: torch.Tensor, tokens: int, rows: slice | None) -> tuple[torch.Tensor, ...]:

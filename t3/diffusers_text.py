@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from diffusers.models.transformers.transformer_wan import _get_added_kv_projections
 
-from .backends import Backend, Situation
-from .text_attention import attend_text, backend_for_text
+from .backends import Backend
+from .text_attention import attend_text, serving
 
 # diffusers counts the text's tokens from the end; those of an image stand before them.
 TEXT_TOKENS = 512
@@ -39,8 +39,4 @@ class TextAttention:
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         heads = self.attn.heads
-        situation = Situation(q.device, q.dtype, q.shape[2] // heads, windows=(k.shape[1],))
-        backend, why = backend_for_text(self.backend, situation)
-        if why is not None:
-            self.say(f"cross-attention is computed by {backend.name}: {why}.")
-        return attend_text(q, k, v, heads, backend)
+        return attend_text(q, k, v, heads, serving(self.backend, q, k, heads, self.say))

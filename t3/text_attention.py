@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 
@@ -31,10 +32,18 @@ def backend_for_text(backend: Backend, s: Situation) -> tuple[Backend, str | Non
     return choose(AUTO, replace(s, windows=()))[0], why
 
 
+def serving(backend: Backend, q: torch.Tensor, k: torch.Tensor, heads: int, say: Callable[[str], None]) -> Backend:
+    """`backend_for_text` for these q `[B, n, heads*head_dim]` and k; `say` is told where it is not `backend`."""
+    found, why = backend_for_text(backend, Situation(q.device, q.dtype, q.shape[2] // heads, windows=(k.shape[1],)))
+    if why is not None:
+        say(f"cross-attention is computed by {found.name}: {why}.")
+    return found
+
+
 def attend_text(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, backend: Backend) -> torch.Tensor:
     """Dense attention of q `[B, n, heads*head_dim]` over k, v `[B, m, heads*head_dim]`, one dtype; q's shape.
 
-    backend: from `backend_for_text`. The scale is head_dim**-0.5, as both hosts have it.
+    backend: from `serving`. The scale is head_dim**-0.5, as both hosts have it.
     """
     q, k, v = (x.unflatten(2, (heads, -1)) for x in (q, k, v))
     # A last chunk may be one token, for which kernels made for windows need not be made.

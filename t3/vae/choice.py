@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
+from typing import Any, TypeVar
 
 from .balance import longest
 from .memory import tile_bytes
@@ -49,7 +50,7 @@ def choices(structure: Structure, height: int, width: int, itemsize: int) -> tup
 
     Remembered: at 4K there are more than a thousand, which takes as long as some tiles do.
     """
-    rows, cols = _axes(structure, height), _axes(structure, width)
+    rows, cols = axes(_Axis, structure, height), axes(_Axis, structure, width)
     untiled = _work(structure, rows[0], cols[0])
     found = [_weigh(structure, row, col, untiled, itemsize) for row in rows for col in cols]
     return tuple(sorted(found, key=lambda choice: choice.order))
@@ -67,7 +68,7 @@ def best(found: Sequence[Choice], memory: int) -> Choice | None:
 @lru_cache(maxsize=8)
 def shared_choices(structure: Structure, height: int, width: int, itemsize: int, ranks: int) -> tuple[Choice, ...]:
     """As `choices`, for tiles that ranks share: `work` is what the busiest of them has to do, the cheapest first."""
-    rows, cols = _axes(structure, height), _axes(structure, width)
+    rows, cols = axes(_Axis, structure, height), axes(_Axis, structure, width)
     return share_out(choices(structure, height, width, itemsize), rows, cols, partial(_work, structure), ranks)
 
 
@@ -134,6 +135,19 @@ class Axis(Part):
         super().__init__(lengths, sum(part.cores for part in parts))
 
 
+Cut = TypeVar("Cut", bound=Axis)
+
+
+@lru_cache(maxsize=16)
+def axes(kind: Callable[[Any, int, int], Cut], structure: Any, size: int) -> tuple[Cut, ...]:
+    """Every way to cut an axis that makes a difference, from one tile to tiles of one latent.
+
+    kind: the axis of a decoder or an encoder, of `structure`, `size` and the longest core.
+    """
+    ways = sorted({-(-size // count) for count in range(1, size + 1)}, reverse=True)
+    return tuple(kind(structure, size, most) for most in ways)
+
+
 class _Axis(Axis):
     """As the decoder needs it, with the core that needs most."""
 
@@ -146,13 +160,6 @@ class _Axis(Axis):
 
 def _needs(structure: Structure, span: Span) -> AxisSpans:
     return axis_spans(span.scaled(structure.upscale), structure.reach, structure.head_radius)
-
-
-@lru_cache(maxsize=8)
-def _axes(structure: Structure, size: int) -> tuple[_Axis, ...]:
-    """Every way to cut an axis that makes a difference, from one tile to tiles of one latent."""
-    ways = sorted({-(-size // count) for count in range(1, size + 1)}, reverse=True)
-    return tuple(_Axis(structure, size, most) for most in ways)
 
 
 def _weigh(structure: Structure, rows: _Axis, cols: _Axis, untiled: int, itemsize: int) -> Choice:

@@ -6,7 +6,7 @@ from functools import lru_cache, partial
 
 import torch
 
-from .choice import Axis, Choice, Part, part_of, share_out
+from .choice import Axis, Choice, Part, axes, part_of, share_out
 from .down_memory import down_middle_bytes, down_tile_bytes, features_bytes
 from .down_structure import DownStructure
 from .down_tiles import down_spans, down_windows
@@ -57,7 +57,7 @@ def down_weigh(structure: DownStructure, height: int, width: int, tile: tuple[in
 @lru_cache(maxsize=8)
 def down_choices(structure: DownStructure, height: int, width: int, itemsize: int) -> tuple[Choice, ...]:
     """Every sensible tile for this picture, the cheapest first, and the smallest first among equals. Remembered."""
-    rows, cols = _axes(structure, height), _axes(structure, width)
+    rows, cols = axes(_Axis, structure, height), axes(_Axis, structure, width)
     untiled = _work(structure, rows[0], cols[0])
     found = [_weigh(structure, row, col, untiled, itemsize) for row in rows for col in cols]
     return tuple(sorted(found, key=lambda choice: choice.order))
@@ -68,7 +68,7 @@ def shared_down_choices(
     structure: DownStructure, height: int, width: int, itemsize: int, ranks: int
 ) -> tuple[Choice, ...]:
     """As `down_choices`, for tiles that ranks share: `work` is what the busiest of them has to do."""
-    rows, cols = _axes(structure, height), _axes(structure, width)
+    rows, cols = axes(_Axis, structure, height), axes(_Axis, structure, width)
     return share_out(down_choices(structure, height, width, itemsize), rows, cols, partial(_work, structure), ranks)
 
 
@@ -86,13 +86,6 @@ class _Axis(Axis):
         needs = [down_spans(span, structure.reach, structure.first_radius) for span in spans]
         super().__init__([part_of(levels, span) for span, (_, levels) in zip(spans, needs, strict=True)])
         self.widest = max(zip(spans, needs, strict=True), key=lambda pair: pair[1][0].length)[0]
-
-
-@lru_cache(maxsize=8)
-def _axes(structure: DownStructure, size: int) -> tuple[_Axis, ...]:
-    """Every way to cut an axis that makes a difference, from one tile to tiles of one latent."""
-    ways = sorted({-(-size // count) for count in range(1, size + 1)}, reverse=True)
-    return tuple(_Axis(structure, size, most) for most in ways)
 
 
 def _weigh(structure: DownStructure, rows: _Axis, cols: _Axis, untiled: int, itemsize: int) -> Choice:
