@@ -117,11 +117,20 @@ def take(output: Path, *, stale: float = STALE_SECONDS, tell: Callable[[str], ob
         draft.unlink(missing_ok=True)
 
 
+def clear(output: Path, *, stale: float = STALE_SECONDS) -> None:
+    """Remove the claim on a finished output unless somebody has it: who made it may have died before giving it back."""
+    if claim_path(output).exists():
+        claim = take(output, stale=stale, tell=lambda text: None)
+        if claim is not None:
+            claim.release()
+
+
 class Shared(Generic[_Job]):
     """Jobs of a list that other processes work through too: iterate over those that are this one's, with their claims.
 
     It ends when every job is finished or was this one's: where none is left to take it waits for those that others are
-    at work on, says so, and takes what they drop. done: how many others finished. elsewhere: those that are left.
+    at work on, says so, and takes what they drop. At its end no claim of a dead process is left on what is finished.
+    elsewhere: those that are left.
     """
 
     def __init__(
@@ -136,7 +145,8 @@ class Shared(Generic[_Job]):
     ) -> None:
         """output: what of a job is claimed. finished: whether all that it makes is on disk. look: seconds between two
         looks at what others hold, at first."""
-        self.done, self.elsewhere = 0, list(jobs)
+        self.elsewhere: list[_Job] = list(jobs)
+        self._others: list[_Job] = []
         self._output, self._finished, self._stale, self._tell = output, finished, stale, tell
         self._look = look
 
@@ -165,6 +175,13 @@ class Shared(Generic[_Job]):
                     self._tell(self._waiting())
                 time.sleep(pause)
                 pause = min(2 * pause, MOST_LOOK_SECONDS)
+        for job in self._others:
+            clear(self._output(job), stale=self._stale)
+
+    @property
+    def done(self) -> int:
+        """How many others finished."""
+        return len(self._others)
 
     def _waiting(self) -> str:
         names = [self._output(job).name for job in self.elsewhere]
@@ -176,7 +193,7 @@ class Shared(Generic[_Job]):
         if not self._finished(job):
             return False
         self.elsewhere.remove(job)
-        self.done += 1
+        self._others.append(job)
         return True
 
 

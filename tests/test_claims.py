@@ -17,31 +17,34 @@ from t3.errors import T3Error
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Takes every clip of a list that it can get, and writes down which. Dies in the middle of one if told so.
+# Takes every clip of a list that it can get, and writes down which. Holds its first until all the named have one, so
+# that none is too late for the race. Dies in the middle of one, or when it has made one but still holds it, if told so.
 WORKER = """
 import os, sys, time
 from pathlib import Path
 from t3.claims import Shared
-folder, name, dies = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+folder, name, dies, names = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:]
 jobs = [f"clip-{i}" for i in range(24)]
-while not (folder / "go").exists():
-    time.sleep(0.001)
 for job, claim in Shared(jobs, lambda job: folder / job, lambda job: (folder / job).exists()):
     with claim:
         with open(folder / f"{name}.log", "a") as log:
             log.write(job + "\\n")
+        while not all((folder / f"{one}.log").exists() for one in names):
+            time.sleep(0.001)
         if job == dies:
             os.kill(os.getpid(), 9)
         time.sleep(0.01)
         with open(folder / job, "x") as clip:
             clip.write(name)
+        if dies == "made " + job:
+            os.kill(os.getpid(), 9)
 """
 
 
 def workers(folder: Path, names: list[str], dies: dict[str, str]) -> list[subprocess.Popen]:
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     return [
-        subprocess.Popen([sys.executable, "-c", WORKER, str(folder), name, dies.get(name, "")], env=environ)
+        subprocess.Popen([sys.executable, "-c", WORKER, str(folder), name, dies.get(name, ""), *names], env=environ)
         for name in names
     ]
 
@@ -53,22 +56,37 @@ def logged(folder: Path, name: str) -> list[str]:
 
 def test_of_processes_that_race_each_clip_is_made_by_one(tmp_path):
     started = workers(tmp_path, ["a", "b", "c"], {})
-    (tmp_path / "go").touch()
     assert [process.wait(timeout=60) for process in started] == [0, 0, 0]
     made = [job for name in "abc" for job in logged(tmp_path, name)]
     assert sorted(made) == sorted(f"clip-{i}" for i in range(24)), "each once"
-    assert all(logged(tmp_path, name) for name in "abc")
     assert not list(tmp_path.glob(".*")), "claims are given back"
 
 
 def test_what_a_killed_process_held_is_made_by_another(tmp_path):
-    (tmp_path / "go").touch()
     (killed,) = workers(tmp_path, ["a"], {"a": "clip-3"})
     assert killed.wait(timeout=60) == -9
     assert not (tmp_path / "clip-3").exists() and claim_path(tmp_path / "clip-3").exists()
     (other,) = workers(tmp_path, ["b"], {})
     assert other.wait(timeout=60) == 0
     assert logged(tmp_path, "b") == [f"clip-{i}" for i in range(3, 24)], "and what was finished is not made again"
+
+
+def test_of_a_process_that_was_killed_with_its_clip_made_no_claim_is_left(tmp_path):
+    (killed,) = workers(tmp_path, ["a"], {"a": "made clip-3"})
+    assert killed.wait(timeout=60) == -9
+    assert (tmp_path / "clip-3").exists() and claim_path(tmp_path / "clip-3").exists()
+    (other,) = workers(tmp_path, ["b"], {})
+    assert other.wait(timeout=60) == 0
+    assert logged(tmp_path, "b") == [f"clip-{i}" for i in range(4, 24)]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_claim_on_a_finished_clip_stays_with_who_lives(tmp_path):
+    (tmp_path / "clip").touch()
+    with take(tmp_path / "clip") as claim:
+        shared = Shared(["clip"], lambda job: tmp_path / job, lambda job: True)
+        assert list(shared) == [] and shared.done == 1
+        assert claim.path.exists()
 
 
 def foreign(output: Path, **changes) -> None:
