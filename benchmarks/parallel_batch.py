@@ -88,6 +88,8 @@ def timed(
     result = found.get("result")
     if result is None:
         return row | {"failed": (folder / f"log-{gpus}.txt").read_text(errors="replace")[-1500:]}
+    if "seconds" not in result:
+        return row | {"failed": result["error"]}
     row |= {"seconds_of": result["seconds"], "clips": len(finished(out)), "ok": result["ok"]}
     row["split"] = result.get("split", {}).get("mode")
     rate = clips_an_hour(out, gpus)

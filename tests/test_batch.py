@@ -163,3 +163,22 @@ def test_the_benchmark_runs_on_cpus(tmp_path):
     (run,) = json.loads(out.read_text())["runs"]
     assert run["status"] == 0 and run["ok"] and run["clips"] == 2 and run["split"] == "data 2"
     assert run["again"] == {"already_done": 2, "made": 0}
+
+
+def test_the_benchmark_tells_why_a_run_failed(tmp_path):
+    (tmp_path / "list.txt").write_text("one\n")
+    script, missing = ROOT / "benchmarks/parallel_batch.py", tmp_path / "no model"
+    code = f"""
+import argparse, json, sys, time
+from pathlib import Path
+sys.path.insert(0, {str(script.parent)!r})
+from parallel_batch import timed
+folder = Path({str(tmp_path)!r})
+options, stop = argparse.Namespace(tiny=True), time.monotonic() + 60
+row = timed(options, Path({str(missing)!r}), folder / "list.txt", folder, 1, stop)
+print(json.dumps(row))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout)
+    assert row["status"] not in (0, None) and "no model" in row["failed"] and "clips" not in row
