@@ -22,7 +22,7 @@ class ModelShape:
     """The sizes of a Wan transformer that its cost depends on.
 
     `control_layers`: for VACE, the layers that its further blocks join, each a block like the others;
-    `control_channels`: those of what they are given.
+    `control_channels`: those of what they are given. `ranks`: those that share out the heads; memory is one rank's.
     """
 
     layers: int
@@ -37,6 +37,17 @@ class ModelShape:
     patch: tuple[int, int, int] = (1, 2, 2)
     control_layers: tuple[int, ...] = ()
     control_channels: int = 0
+    ranks: int = 1
+
+    @property
+    def head_size(self) -> int:
+        """Channels of one head."""
+        return self.dim // self.heads
+
+    @property
+    def own_heads(self) -> int:
+        """How many heads one rank attends."""
+        return max(1, self.heads // self.ranks)
 
     @classmethod
     def from_config(cls, config: Mapping) -> ModelShape:
@@ -56,8 +67,11 @@ class ModelShape:
         )
 
     def block(self, tokens: int, *, batch: int = 1, element: int = 2, beside: int = 0) -> BlockShape:
-        """What the memory of one block depends on; `beside`: those of the tokens that stand beside the grid."""
-        return BlockShape(self.dim, self.ffn_dim, self.heads, batch, tokens, element, beside)
+        """What the memory of one block depends on; `beside`: those of the tokens that stand beside the grid.
+
+        Of several ranks, one's: its own tokens of all heads weigh as much as all tokens of its heads.
+        """
+        return BlockShape(self.dim, self.ffn_dim, self.own_heads, batch, tokens, element, beside)
 
 
 def short(number: float) -> str:
@@ -168,7 +182,7 @@ def activation_bytes(
     else:
         block = block_bytes(shape.block(tokens, batch=batch, element=element, beside=beside), share)
     control = (len(shape.control_layers) + 1) * narrow if shape.control_layers else 0
-    return turns_bytes(tokens, shape.dim // shape.heads) + batch * control + max(block, end)
+    return turns_bytes(tokens, shape.head_size) + batch * control + max(block, end)
 
 
 def turns_bytes(tokens: int, head_dim: int) -> int:

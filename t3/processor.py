@@ -14,7 +14,7 @@ from diffusers.models.transformers.transformer_wan_vace import WanVACETransforme
 from .attention import t3_attention
 from .backends import Backend, Situation, choose
 from .block import Windows
-from .cost import ModelShape, activation_bytes, turns_bytes
+from .cost import ModelShape, activation_bytes
 from .device_memory import free_bytes
 from .diffusers_block import BlockByChunks, turns
 from .fused import attention_from_projections, norm_weight, refusal
@@ -240,21 +240,18 @@ def _share(
 ) -> tuple[Share, str]:
     """How blocks share out their work on these latents, and why, in words where it matters."""
     shape = ModelShape.from_config(module.config)
-    ways, others_turns = shares(shape.heads), 0
     if spread is not None:
-        # A rank's own tokens of all heads weigh as much as all tokens of its heads, but not in RoPE's tables.
-        tokens, head_dim = max(spread.shares(tokens)), shape.dim // shape.heads
-        shape = replace(shape, heads=max(1, shape.heads // spread.size))
-        ways, others_turns = shares(shape.heads, parts=False), turns_bytes(tokens, shape.dim // shape.heads - head_dim)
+        tokens, shape = max(spread.shares(tokens)), replace(shape, ranks=spread.size)
+    ways = shares(shape.own_heads, parts=spread is None)
     size = {"batch": latents.shape[0], "element": latents.element_size()}
 
     block = shape.block(tokens, **size)
 
     def more(share: Share) -> int:
-        return 0 if spread is None else spread.more_bytes(block.tensor, shape.heads, share.heads)
+        return 0 if spread is None else spread.more_bytes(block.tensor, shape.own_heads, share.heads)
 
     def needed(share: Share) -> int:
-        return activation_bytes(shape, tokens, **size, share=share) + more(share) - others_turns
+        return activation_bytes(shape, tokens, **size, share=share) + more(share)
 
     if isinstance(memory, int):
         beside = 2 * block.tensor

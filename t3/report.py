@@ -34,8 +34,7 @@ def run_facts(
     split: of the work over ranks, and why; memory is that of the rank with most tokens.
     """
     shape = ModelShape.from_config(sources.transformer)
-    # Of a rank: its tokens, and the heads it attends. RoPE's tables are of all tokens.
-    own = replace(shape, heads=shape.heads // split[0].sequence)
+    own = replace(shape, ranks=split[0].sequence)
     tokens = split[0].shares(grid.tokens)[0]
     cost = model_cost(shape, plan, grid, element=BYTES[dtype])
     partitions = plan.partitions(grid, shape.layers)
@@ -61,7 +60,7 @@ def run_facts(
             "transformer": sources.parameters * STORED_BYTES[dtype],
             "activations": activation_bytes(own, tokens, element=BYTES[dtype]),
             "activations_lean": activation_bytes(
-                own, tokens, element=BYTES[dtype], share=shares(own.heads, parts=split[0].sequence == 1)[-1]
+                own, tokens, element=BYTES[dtype], share=shares(own.own_heads, parts=split[0].sequence == 1)[-1]
             ),
             "dtype": dtype,
         },

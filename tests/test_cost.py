@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -5,7 +7,7 @@ from hypothesis import strategies as st
 from t3 import Grid, Partition, Plan
 from t3.cost import ModelShape, activation_bytes, attention_pairs, macs_text, model_cost, saving_warning
 from t3.kernels.attention.naive import local_groups, strided_groups, windows
-from t3.memory import JOINED_BYTES, joined_bytes, shares
+from t3.memory import JOINED_BYTES, Share, joined_bytes, shares
 from t3.weights import known_config
 
 WAN_1_3B = ModelShape(layers=30, dim=1536, ffn_dim=8960, heads=12)
@@ -82,6 +84,17 @@ def test_tokens_beside_the_grid_take_memory_of_their_own():
         assert activation_bytes(WAN_1_3B, tokens, share=share, beside=9) - alone == joined_bytes(queries)
     cost = model_cost(WAN_1_3B, Plan.preset("wan2.1-4k"), (21, 136, 240), global_tokens=32_640)
     assert cost.activation_bytes == activation_bytes(WAN_1_3B, tokens + 32_640, beside=32_640)
+
+
+def test_one_of_several_ranks_has_tables_of_its_own_tokens_and_attends_its_own_heads():
+    shape = ModelShape.from_config(known_config("wan2.1-t2v-1.3b"))
+    tokens, (two, three) = 100_000, (replace(shape, ranks=n) for n in (2, 3))
+    assert (shape.own_heads, two.own_heads, three.own_heads) == (12, 6, 4)
+    assert {s.head_size for s in (shape, two, three)} == {128}
+    # Blocks that run whole do not know of heads, so what ranks change is seen by itself.
+    assert activation_bytes(two, tokens, share=None) == activation_bytes(shape, tokens, share=None)
+    # As many heads at once are more of a rank's own, and take as much more of what it holds.
+    assert activation_bytes(three, tokens, share=Share(4)) > activation_bytes(shape, tokens, share=Share(4))
 
 
 def test_a_dense_plan_costs_what_dense_costs():
