@@ -17,7 +17,8 @@ def cluster(tmp_path):
     """An environment in which `srun` runs its command here, and Python is a script that writes down its arguments."""
     programs = {
         "srun": '#!/bin/bash\nwhile [[ "$1" == --* ]]; do shift; done\nexec "$@"\n',
-        "scontrol": "#!/bin/bash\nprintf 'node-a\\nnode-b\\n'\n",
+        # More than a pipe holds: a reader that leaves after the first line would kill it.
+        "scontrol": "#!/bin/bash\necho node-a\nseq -f node-%g 20000\n",
         "python-of-the-test": f'#!/bin/bash\nprintf "%s\\n" "$@" > {tmp_path}/arguments\nexit 3\n',
     }
     for name, text in programs.items():
