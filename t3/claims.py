@@ -118,8 +118,13 @@ def take(output: Path, *, stale: float = STALE_SECONDS, tell: Callable[[str], ob
 
 
 def clear(output: Path, *, stale: float = STALE_SECONDS) -> None:
-    """Remove the claim on a finished output unless somebody has it: who made it may have died before giving it back."""
-    if claim_path(output).exists():
+    """Remove the claim on a finished output unless somebody has it: who made it may have died before giving it back.
+
+    Where this process may write nothing the claim stays, and does no harm.
+    """
+    if not claim_path(output).exists():
+        return
+    with contextlib.suppress(T3Error):
         claim = take(output, stale=stale, tell=lambda text: None)
         if claim is not None:
             claim.release()

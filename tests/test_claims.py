@@ -89,6 +89,16 @@ def test_a_claim_on_a_finished_clip_stays_with_who_lives(tmp_path):
         assert claim.path.exists()
 
 
+def test_a_claim_that_cannot_be_removed_does_not_fail_a_finished_list(tmp_path, monkeypatch):
+    (tmp_path / "clip").touch()
+    foreign(tmp_path / "clip", pid=1)
+    monkeypatch.setattr(Path, "write_text", lambda *text, **how: (_ for _ in ()).throw(PermissionError(13, "no")))
+    with pytest.raises(T3Error):
+        take(tmp_path / "clip")
+    assert list(Shared(["clip"], lambda job: tmp_path / job, lambda job: True)) == []
+    assert claim_path(tmp_path / "clip").exists()
+
+
 def foreign(output: Path, **changes) -> None:
     """Let a process of another machine claim this."""
     claim = take(output)
