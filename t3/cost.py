@@ -40,7 +40,7 @@ class ModelShape:
     ranks: int = 1
 
     @property
-    def head_size(self) -> int:
+    def head_dim(self) -> int:
         """Channels of one head."""
         return self.dim // self.heads
 
@@ -182,12 +182,8 @@ def activation_bytes(
     else:
         block = block_bytes(shape.block(tokens, batch=batch, element=element, beside=beside), share)
     control = (len(shape.control_layers) + 1) * narrow if shape.control_layers else 0
-    return turns_bytes(tokens, shape.head_size) + batch * control + max(block, end)
-
-
-def turns_bytes(tokens: int, head_dim: int) -> int:
-    """RoPE's float32 cosines and sines, as diffusers holds them."""
-    return 2 * tokens * head_dim * 4
+    turns = 2 * tokens * shape.head_dim * 4
+    return turns + batch * control + max(block, end)
 
 
 def model_cost(

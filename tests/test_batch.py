@@ -165,6 +165,7 @@ def test_the_benchmark_runs_on_cpus(tmp_path):
     assert run["again"] == {"already_done": 2, "made": 0}
 
 
+@pytest.mark.slow
 def test_the_benchmark_tells_why_a_run_failed(tmp_path):
     (tmp_path / "list.txt").write_text("one\n")
     script, missing = ROOT / "benchmarks/parallel_batch.py", tmp_path / "no model"

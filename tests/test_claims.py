@@ -59,6 +59,7 @@ def test_of_processes_that_race_each_clip_is_made_by_one(tmp_path):
     assert [process.wait(timeout=60) for process in started] == [0, 0, 0]
     made = [job for name in "abc" for job in logged(tmp_path, name)]
     assert sorted(made) == sorted(f"clip-{i}" for i in range(24)), "each once"
+    assert all(logged(tmp_path, name) for name in "abc")
     assert not list(tmp_path.glob(".*")), "claims are given back"
 
 

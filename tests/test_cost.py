@@ -90,7 +90,7 @@ def test_one_of_several_ranks_has_tables_of_its_own_tokens_and_attends_its_own_h
     shape = ModelShape.from_config(known_config("wan2.1-t2v-1.3b"))
     tokens, (two, three) = 100_000, (replace(shape, ranks=n) for n in (2, 3))
     assert (shape.own_heads, two.own_heads, three.own_heads) == (12, 6, 4)
-    assert {s.head_size for s in (shape, two, three)} == {128}
+    assert {s.head_dim for s in (shape, two, three)} == {128}
     # Blocks that run whole do not know of heads, so what ranks change is seen by itself.
     assert activation_bytes(two, tokens, share=None) == activation_bytes(shape, tokens, share=None)
     # As many heads at once are more of a rank's own, and take as much more of what it holds.
