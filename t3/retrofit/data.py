@@ -13,6 +13,7 @@ from ..errors import T3Error
 from .conditioning import Conditioning
 from .draws import ORDER, POOL, generator
 from .shards import Encoded, Shards, Stored, open_shards
+from .text import rows_for
 
 if TYPE_CHECKING:
     from .config import Data
@@ -107,14 +108,19 @@ def pad_text(text: torch.Tensor, tokens: int) -> torch.Tensor:
 
 @dataclass
 class Clips:
-    """All that a run learns from: `pools` to train on, `held_out` to measure on, the empty caption's embedding, and how
-    the model is told of images."""
+    """All that a run learns from: `pools` to train on, `held_out` to measure on, the empty caption's embedding, how
+    the model is told of images, and to how many rows texts are padded (see `text.py`)."""
 
     pools: list[Pool]
     held_out: list[Reference]
     empty: torch.Tensor | None
     notes: list[str] = field(default_factory=list)
     conditioning: Conditioning = field(default_factory=Conditioning)
+    rows: int = 512
+
+    def held(self, number: int) -> dict[str, torch.Tensor]:
+        """The tensors of a held-out clip, as `Reference.read` gives them."""
+        return self.held_out[number].read(self.rows, self.conditioning.tensors)
 
     @property
     def count(self) -> int:
@@ -132,6 +138,7 @@ def open_clips(data: Data, transformer: Mapping[str, Any], tokens: int) -> Clips
     given, or texts longer than `tokens`.
     """
     conditioning = Conditioning.of(transformer, data.conditions)
+    trained: list[tuple[str, list[Reference]]] = []
     pools: dict[tuple[str, tuple[int, ...]], Pool] = {}
     held_out: list[Reference] = []
     empty, notes = None, []
@@ -145,10 +152,7 @@ def open_clips(data: Data, transformer: Mapping[str, Any], tokens: int) -> Clips
                 )
             references, kept = references[: -data.holdout], references[-data.holdout :]
             held_out += kept
-        for reference in references:
-            shape = reference.stored.latents
-            pool = Pool(entry.name, shape, [], tokens, conditioning.tensors)
-            pools.setdefault((entry.name, shape), pool).clips.append(reference)
+        trained.append((entry.name, references))
         found = references[0].shards.empty_text()
         empty = found if empty is None else empty
         skipped = len(references[0].shards.index["skipped"])
@@ -161,8 +165,16 @@ def open_clips(data: Data, transformer: Mapping[str, Any], tokens: int) -> Clips
             f"[data] caption_dropout is {data.caption_dropout}, but no data set holds the empty caption's embedding. "
             "Set it to 0, or encode the data again with this release."
         )
-    padded = None if empty is None else pad_text(empty.to(torch.bfloat16), tokens)
-    return Clips(list(pools.values()), held_out, padded, notes, conditioning)
+    every = [*(reference for _, references in trained for reference in references), *held_out]
+    longest = max(reference.stored.text[0] for reference in every)
+    rows = tokens if conditioning.images else rows_for(max(longest, 0 if empty is None else len(empty)), tokens)
+    for name, references in trained:
+        for reference in references:
+            shape = reference.stored.latents
+            pool = Pool(name, shape, [], rows, conditioning.tensors)
+            pools.setdefault((name, shape), pool).clips.append(reference)
+    padded = None if empty is None else pad_text(empty.to(torch.bfloat16), rows)
+    return Clips(list(pools.values()), held_out, padded, notes, conditioning, rows)
 
 
 def _references(

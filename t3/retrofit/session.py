@@ -23,6 +23,7 @@ from .objectives import Objective
 from .operator import Operator, install
 from .output import Before, mark_of, small_before
 from .teacher import Teacher
+from .text import logits, shorten
 from .trainable import make_trainable, trained
 
 COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -50,8 +51,7 @@ class Session:
         """A held-out clip's tensors, by name, on the device; kept there if the clips to train on are."""
         if number in self._held:
             return self._held[number]
-        tensors = self.clips.held_out[number].read(self.config.model.text_tokens, self.clips.conditioning.tensors)
-        found = {name: tensor.to(self.accelerator.device) for name, tensor in tensors.items()}
+        found = {name: tensor.to(self.accelerator.device) for name, tensor in self.clips.held(number).items()}
         if self.feeder.resident:
             self._held[number] = found
         return found
@@ -120,6 +120,8 @@ def start(config: Config, found: Found, clips: Clips, accelerator: Accelerator) 
         say(f"backend {why}")
     operator = Operator(found.plan, config.model.branches, backend)
     install(transformer, operator)
+    if clips.rows < config.model.text_tokens:
+        shorten(transformer, logits(clips.rows, config.model.text_tokens, compute).to(accelerator.device))
     if config.train.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     before = Before(before_mark, {} if everything else small_before(transformer))
