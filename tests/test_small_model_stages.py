@@ -298,3 +298,22 @@ def test_a_stage_encodes_trains_measures_and_keeps(parts, tmp_path, monkeypatch,
         stage.main([*common, "--name", "late", "--seconds", "30"])
     with pytest.raises(SystemExit, match="ended with 2; its output is in"):
         stage.main([*common, "--set", "model.plan='nowhere.json'"])
+
+
+def test_processes_share_a_stage(parts, tmp_path, monkeypatch):
+    """Two encode a half each and train together; the scenes are those that one would have encoded."""
+    monkeypatch.chdir(tmp_path)
+    for name, pieces in (("text", ("tokenizer", "text_encoder")), ("folded", ("vae",))):
+        for piece in pieces:
+            shutil.copytree(parts / piece, tmp_path / "small" / name / piece)
+    monkeypatch.setattr(init_dit, "make_transformer", partial(make_transformer, num_layers=1))
+    (tmp_path / "stages.toml").write_text(STAGES.replace("frames = 5, prompts", "frames = 1, prompts"))
+    (tmp_path / "few.toml").write_text(RECIPE)
+    stage.main(["few", *"--stages stages.toml --root small --keep kept --device cpu --cards 2".split()])
+    data = tmp_path / "small/data/few"
+    assert [clip.facts.source for clip in read_shards(data)] == [f"train/{i}" for i in range(10, 18)]
+    assert not list(data.parent.glob("*.part-*"))
+    last = (tmp_path / "kept/dense-few-metrics.csv").read_text().splitlines()
+    assert dict(zip(last[0].split(","), last[-1].split(","), strict=True))["clips"] == "8"  # 4 a process, one step
+    with pytest.raises(SystemExit, match="an encode of 2 ended with"):
+        stage.encode_parts([["--model", "nowhere", "--out", f"part-{i}"] for i in range(2)])

@@ -36,6 +36,9 @@ class Loop:
         self.finish = Finish(session, folder, self._aside)
         self.unsaved: str | None = None
         self.stop = Stop()
+        # Of the CPUs: a card would be waited for at every step, and what it runs next could not be queued meanwhile.
+        several = session.accelerator.num_processes > 1
+        self.words = torch.distributed.new_group(backend="gloo") if several else None
         self.mean = torch.zeros((), device=session.accelerator.device)
         self.log = Log(session)
         self.curves: Curves | None = None
@@ -121,11 +124,9 @@ class Loop:
         """The stage's clock, and whether to stop: the same on every process, so that none waits for another."""
         clock, stop = self.at.clock, self.stop.asked
         found = {"seconds": clock.seconds(), "training": clock.training(), "lost": clock.lost}
-        accelerator = self.session.accelerator
-        if accelerator.num_processes > 1:
-            numbers = [*found.values(), float(stop)]
-            both = torch.tensor(numbers, dtype=torch.float64, device=accelerator.device)
-            torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX)
+        if self.words is not None:
+            both = torch.tensor([*found.values(), float(stop)], dtype=torch.float64)
+            torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX, group=self.words)
             *numbers, stop = both.tolist()
             found = dict(zip(found, numbers, strict=True))
         return found, bool(stop)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -165,20 +166,15 @@ class ShardWriter:
 
     def grey(self, latents: torch.Tensor) -> None:
         """Keep latents `[C, T, H, W]` of a clip of middle grey, which VACE models are given for what they make."""
-        from safetensors.torch import save_file
-
         kept = {**_grey(self.folder), _size(latents.shape): _half(latents, "the grey clip", "latents")}
-        with atomic_path(self.folder / GREY, overwrite=True) as temp:
-            save_file(kept, temp)
+        _write_grey(self.folder, kept)
         self._greys = set(kept)
 
     def flush(self) -> None:
         """Write what has been added as a shard, and the index."""
         if self._clips:
             self._write_shard()
-        text = json.dumps(self.index, ensure_ascii=False, indent=1)
-        with atomic_path(self.folder / INDEX, overwrite=True) as temp:
-            temp.write_text(text + "\n", encoding="utf-8")
+        _write_index(self.folder, self.index)
 
     def _write_shard(self) -> None:
         from safetensors import SafetensorError
@@ -210,6 +206,39 @@ class ShardWriter:
     def __exit__(self, kind, error, trace) -> None:
         # What was encoded before an interruption is good, and kept.
         self.flush()
+
+
+def join(folder: str | Path, parts: Sequence[str | Path]) -> None:
+    """Make one data set in `folder` of several that were encoded alike, whose shards move there; they are gone then.
+
+    Raises `T3Error` where `folder` holds a data set already, a part is none, or parts were encoded differently.
+    """
+    out, sets = Path(folder).absolute(), [open_shards(part) for part in parts]
+    if (out / INDEX).exists():
+        raise T3Error(f"{out} holds a data set already. Name another folder.")
+    first = sets[0]
+    for other in sets[1:]:
+        if other.index["encoded"] != first.index["encoded"]:
+            raise T3Error(
+                f"{other.folder} was encoded as {other.index['encoded']} and {first.folder} as "
+                f"{first.index['encoded']}; they cannot be one data set."
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    index = {**first.index, "shards": [], "skipped": [entry for one in sets for entry in one.index["skipped"]]}
+    for one in sets:
+        for shard in one.index["shards"]:
+            name = f"clips-{len(index['shards']):05}.safetensors"
+            (one.folder / shard["file"]).replace(out / name)
+            index["shards"].append({**shard, "file": name})
+    greys = {size: latents for one in sets for size, latents in _grey(one.folder).items()}
+    if greys:
+        _write_grey(out, greys)
+    empty = next((one.folder / EMPTY_TEXT for one in sets if (one.folder / EMPTY_TEXT).exists()), None)
+    if empty is not None:
+        empty.replace(out / EMPTY_TEXT)
+    _write_index(out, index)
+    for one in sets:
+        shutil.rmtree(one.folder)
 
 
 @dataclass
@@ -321,6 +350,19 @@ def _facts(entry: dict[str, Any], root: Path) -> ClipFacts:
         return ClipFacts(**{name: entry[name] for name in ClipFacts.__dataclass_fields__})
     except KeyError as error:
         raise T3Error(f"{root / INDEX}: a clip lacks {error}. Encode the data set again.") from None
+
+
+def _write_grey(folder: Path, latents: Mapping[str, torch.Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    with atomic_path(folder / GREY, overwrite=True) as temp:
+        save_file(dict(latents), temp)
+
+
+def _write_index(folder: Path, index: Mapping[str, Any]) -> None:
+    text = json.dumps(index, ensure_ascii=False, indent=1)
+    with atomic_path(folder / INDEX, overwrite=True) as temp:
+        temp.write_text(text + "\n", encoding="utf-8")
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

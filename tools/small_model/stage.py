@@ -11,6 +11,7 @@ the run, its log, the judgement and a picture. What the stages are is in `stages
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -22,13 +23,14 @@ from typing import Any
 import torch
 
 from t3.retrofit.config import read_config
-from t3.retrofit.shards import INDEX
+from t3.retrofit.shards import INDEX, join
 
 from . import encode, evaluate
 from .files import Stopwatch, read_toml, say
 from .init_dit import prepare_folder
 
 STAGES = Path(__file__).with_name("stages.toml")
+ROOT = Path(__file__).resolve().parents[2]
 LEAST = 60.0  # seconds of training, its start included, below which a stage is not begun
 
 
@@ -57,22 +59,55 @@ def arguments_of(values: Mapping[str, Any]) -> list[str]:
     return [text for key, value in values.items() for text in (f"--{key}", str(value))]
 
 
-def encode_sets(stage: Stage, root: Path, device: str, fresh: int) -> None:
-    """Encode what is missing. fresh: added to the scene numbers of training sets."""
+def encode_sets(stage: Stage, root: Path, device: str, fresh: int, cards: int) -> None:
+    """Encode what is missing. fresh: added to the scene numbers of training sets, which `cards` processes share."""
     for name, asked in stage.sets.items():
         folder = root / "data" / name
         if (folder / INDEX).exists():
             continue
-        numbers = {} if asked.get("split") == "test" else {"start": asked.get("start", 0) + fresh}
-        where = {"model": root / "model", "out": folder, "device": device}
-        encode.main(arguments_of({**asked, **numbers, **where}))
+        common = {**asked, "model": root / "model", "device": device}
+        if asked.get("split") == "test":
+            encode.main(arguments_of({**common, "out": folder}))
+            continue
+        start, clips = asked.get("start", 0) + fresh, asked["clips"]
+        if cards == 1:
+            encode.main(arguments_of({**common, "out": folder, "start": start}))
+            continue
+        parts = [folder.with_name(f"{name}.part-{card}") for card in range(cards)]
+        edges = [clips * card // cards for card in range(cards + 1)]
+        encode_parts(
+            [
+                arguments_of({**common, "out": part, "start": start + edges[card], "clips": edges[card + 1] - edges[card]})
+                for card, part in enumerate(parts)
+            ]
+        )
+        join(folder, parts)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # for the training's process
 
 
-def train(stage: Stage, changes: list[str], log: Path) -> None:
-    """Run the recipe in a process of its own, whose output goes to a file. Ends the program where it fails."""
-    command = [sys.executable, "-u", "-m", "t3.retrofit", str(stage.recipe)]
+def encode_parts(parts: list[list[str]]) -> None:
+    """Run `encode` with each of these arguments, a process and a card each. Ends the program where one fails."""
+    command = [sys.executable, "-m", "tools.small_model.encode"]
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    running = []
+    try:
+        for card, arguments in enumerate(parts):
+            environ = {**os.environ, "CUDA_VISIBLE_DEVICES": str(card), "PYTHONPATH": paths}
+            running.append(subprocess.Popen([*command, *arguments], env=environ))
+        for process in running:
+            if process.wait():
+                raise SystemExit(f"an encode of {len(running)} ended with {process.returncode}; see above.")
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+def train(stage: Stage, changes: list[str], log: Path, cards: int) -> None:
+    """Run the recipe in processes of its own, whose output goes to a file. Ends the program where it fails."""
+    launch = [] if cards == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(cards)]
+    command = [sys.executable, "-u", *launch, "-m", "t3.retrofit", str(stage.recipe)]
     with log.open("w", encoding="utf-8") as stream:
         # A file, not a pipe: processes that compile may outlive the program and would keep a pipe open.
         done = subprocess.run(
@@ -97,6 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="as t3.retrofit takes it")
     parser.add_argument("--root", type=Path, default=Path("output/small"), help="folder that the recipes name")
     parser.add_argument("--stages", type=Path, default=STAGES)
+    parser.add_argument("--cards", type=int, default=1, help="that share the encode and the training (a batch each)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
     watch = Stopwatch(args.seconds or float("inf"))
@@ -109,7 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
     read_config(stage.recipe, changes)  # what is wrong in it is told before anything is encoded
     args.keep.mkdir(parents=True, exist_ok=True)
     prepare_folder(args.root)
-    encode_sets(stage, args.root, args.device, args.fresh)
+    encode_sets(stage, args.root, args.device, args.fresh, args.cards)
     say(f"{watch.used():.0f} s: data is there")
     if args.seconds:
         left = watch.limit - watch.used() - stage.reserve
@@ -117,7 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise SystemExit(f"{left:.0f} s are left for training, {LEAST:.0f} are the least. Give more --seconds.")
         changes.append(f"stages.1.max_seconds={left:.0f}")
     folder = Path(read_config(stage.recipe, changes).output.folder)
-    train(stage, changes, args.keep / f"{folder.name}.txt")
+    train(stage, changes, args.keep / f"{folder.name}.txt", args.cards)
     weights = folder / f"{folder.name}.safetensors"
     shutil.copy(weights, args.keep)
     for table in ("metrics.csv", "validation.csv"):
