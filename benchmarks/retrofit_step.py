@@ -21,9 +21,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from headless_4k import machine
 
@@ -35,6 +33,7 @@ from t3.retrofit.shards import ShardWriter
 from tools.small_model.encode import SIZES
 from tools.small_model.init_dit import prepare_folder
 
+ROOT = Path(__file__).resolve().parent.parent
 CLIPS = 64
 
 

@@ -12,7 +12,7 @@ from t3.retrofit.batches import Feeder, Layout
 from t3.retrofit.config import Data, DataSet, Stage, Validation
 from t3.retrofit.data import Order, Pool, open_clips
 from t3.retrofit.draws import noise, noise_level, sample_draws
-from t3.retrofit.shards import ShardWriter, open_shards, read_shards
+from t3.retrofit.shards import ShardWriter, join, open_shards, read_shards
 from t3.retrofit.validation import points
 
 FACTS = {"caption": "a dot", "frames": 5, "height": 48, "width": 64, "fps": 16}
@@ -201,3 +201,21 @@ def test_validation_points_are_stratified_and_paired():
     strata = Counter(int(point.sigma * 16) for point in found)
     assert strata == dict.fromkeys(range(16), 4)
     assert len({point.noise for point in found}) == 64
+
+
+def test_data_sets_that_were_encoded_alike_become_one(tmp_path):
+    parts = [write_clips(tmp_path / f"part-{seed}", 3, seed=seed) for seed in (1, 2)]
+    wanted = [(clip.facts.source, clip.latents) for part in parts for clip in read_shards(part)]
+    join(tmp_path / "whole", parts)
+    found = [(clip.facts.source, clip.latents) for clip in read_shards(tmp_path / "whole")]
+    assert [source for source, _ in found] == [source for source, _ in wanted]
+    assert all(torch.equal(one, other) for (_, one), (_, other) in zip(found, wanted, strict=True))
+    assert open_shards(tmp_path / "whole").empty_text() is not None
+    assert not any(part.exists() for part in parts)
+    with pytest.raises(T3Error, match="holds a data set already"):
+        join(tmp_path / "whole", [write_clips(tmp_path / "third", 1, seed=3)])
+    with ShardWriter(tmp_path / "other", facts={"size": "64x64"}) as writer:
+        writer.skip("a.mp4", "damaged")
+    with pytest.raises(T3Error, match="cannot be one data set"):
+        join(tmp_path / "mixed", [tmp_path / "third", tmp_path / "other"])
+    assert open_shards(tmp_path / "third").clips and not (tmp_path / "mixed").exists()

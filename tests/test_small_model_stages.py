@@ -309,7 +309,8 @@ def test_processes_share_a_stage(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(init_dit, "make_transformer", partial(make_transformer, num_layers=1))
     (tmp_path / "stages.toml").write_text(STAGES.replace("frames = 5, prompts", "frames = 1, prompts"))
     (tmp_path / "few.toml").write_text(RECIPE)
-    stage.main(["few", *"--stages stages.toml --root small --keep kept --device cpu --cards 2".split()])
+    where = ["--stages", "stages.toml", "--root", "small", "--keep", "kept"]
+    stage.main(["few", *where, "--device", "cpu", "--cards", "2"])
     data = tmp_path / "small/data/few"
     assert [clip.facts.source for clip in read_shards(data)] == [f"train/{i}" for i in range(10, 18)]
     assert not list(data.parent.glob("*.part-*"))

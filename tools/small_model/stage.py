@@ -11,6 +11,7 @@ the run, its log, the judgement and a picture. What the stages are is in `stages
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shutil
 import subprocess
@@ -75,11 +76,9 @@ def encode_sets(stage: Stage, root: Path, device: str, fresh: int, cards: int) -
             continue
         parts = [folder.with_name(f"{name}.part-{card}") for card in range(cards)]
         edges = [clips * card // cards for card in range(cards + 1)]
+        shares = [{"start": start + first, "clips": last - first} for first, last in itertools.pairwise(edges)]
         encode_parts(
-            [
-                arguments_of({**common, "out": part, "start": start + edges[card], "clips": edges[card + 1] - edges[card]})
-                for card, part in enumerate(parts)
-            ]
+            [arguments_of({**common, **share, "out": part}) for share, part in zip(shares, parts, strict=True)]
         )
         join(folder, parts)
     if torch.cuda.is_available():
