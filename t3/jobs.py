@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .batch import Batch
+from .claims import clear
 from .cli import Stopwatch, check_clip, say, write_clip
 from .errors import T3Error
 from .files import check_output
@@ -91,10 +92,13 @@ def make_jobs(args: argparse.Namespace, names: list[str] | None = None) -> tuple
     if names is not None:
         todo = [p for p in prompts if p.name in set(names)]
     elif not args.overwrite:
-        unfinished = {
-            p.name for folder, s in _wanted(out_folder, suffix, latents_folder) for p in pending(prompts, folder, s)
-        }
+        wanted = _wanted(out_folder, suffix, latents_folder)
+        unfinished = {p.name for folder, s in wanted for p in pending(prompts, folder, s)}
         todo = [p for p in prompts if p.name in unfinished]
+        for prompt in prompts:
+            if prompt.name not in unfinished:
+                # Who made it may have been killed before it gave it back.
+                clear(output_path(prompt, *wanted[0]))
     jobs = []
     for prompt in todo:
         out = output_path(prompt, out_folder, suffix) if out_folder else None

@@ -13,7 +13,8 @@ import pytest
 
 from t3.batch import Batch
 from t3.claims import claim_path, take
-from t3.jobs import Clip, Job
+from t3.generate import build_parser
+from t3.jobs import Clip, Job, make_jobs
 from t3.parallel.split import Split
 from t3.parallel.team import Team
 from t3.parallel.world import World
@@ -88,6 +89,24 @@ def test_the_outcome_counts_every_clip_once(tmp_path):
     assert len(clips) == 5 and elsewhere == ["held"]
     assert [clip["name"] for clip in clips if "by" in clip] == ["other"]
     held.release()
+
+
+@pytest.mark.parametrize("decoded", [True, False])
+def test_a_claim_that_a_killed_process_left_on_a_finished_clip_goes_when_the_command_is_run_again(tmp_path, decoded):
+    (tmp_path / "list.txt").write_text("one\ntwo\nthree\n")
+    out, suffix = tmp_path / "made", ".mp4" if decoded else ".latent"
+    where = ["--out", str(out)] if decoded else ["--no-decode", "--latents-out", str(out)]
+    code = "import sys; from pathlib import Path; from t3.claims import take; assert take(Path(sys.argv[1]))"
+    first, second = (out / f"000{i}-{name}{suffix}" for i, name in ((1, "one"), (2, "two")))
+    subprocess.run([sys.executable, "-c", code, str(first)], check=True, cwd=ROOT)
+    living = take(second)
+    for path in (first, second):
+        path.write_bytes(b"made")
+    assert claim_path(first).exists()
+    size = ["--height", "64", "--width", "96", "--frames", "5", "--fps", "16"]
+    jobs, done = make_jobs(build_parser().parse_args(["--prompts", str(tmp_path / "list.txt"), *size, *where]))
+    assert [job.name for job in jobs] == ["0003-three"] and done == 2
+    assert not claim_path(first).exists() and living.path.exists()
 
 
 def test_one_prompt_is_not_claimed(tmp_path):
