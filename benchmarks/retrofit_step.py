@@ -16,7 +16,6 @@ import statistics
 import sys
 import tempfile
 import time
-from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -157,8 +156,8 @@ def main() -> None:
         if session.main:
             print("\n".join(lines), flush=True)
             if out:
-                with out.open("a") as stream, redirect_stdout(stream):
-                    print("\n".join(lines))
+                with out.open("a") as stream:
+                    stream.write("\n".join(lines) + "\n")
         os.chdir(ROOT)
 
 

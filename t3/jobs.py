@@ -71,7 +71,8 @@ def make_jobs(args: argparse.Namespace, names: list[str] | None = None) -> tuple
     names: of the jobs, where another process has found out which are left and has checked them.
 
     One `--prompt` makes one job. Of a `--prompts` file, this process's share makes one each, named after its prompt;
-    those whose outputs exist are done (unless `--overwrite`): running the same command again finishes the rest.
+    those whose outputs exist are done (unless `--overwrite`): running the same command again finishes the rest, and
+    removes what dead processes left claimed of them.
     Raises `T3Error` for bad prompts, a bad share, or outputs that cannot be written.
     """
     if args.prompts is None:

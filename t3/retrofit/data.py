@@ -138,7 +138,6 @@ def open_clips(data: Data, transformer: Mapping[str, Any], tokens: int) -> Clips
     given, or texts longer than `tokens`.
     """
     conditioning = Conditioning.of(transformer, data.conditions)
-    trained: list[tuple[str, list[Reference]]] = []
     pools: dict[tuple[str, tuple[int, ...]], Pool] = {}
     held_out: list[Reference] = []
     empty, notes = None, []
@@ -152,7 +151,10 @@ def open_clips(data: Data, transformer: Mapping[str, Any], tokens: int) -> Clips
                 )
             references, kept = references[: -data.holdout], references[-data.holdout :]
             held_out += kept
-        trained.append((entry.name, references))
+        for reference in references:
+            shape = reference.stored.latents
+            pool = Pool(entry.name, shape, [], tokens, conditioning.tensors)
+            pools.setdefault((entry.name, shape), pool).clips.append(reference)
         found = references[0].shards.empty_text()
         empty = found if empty is None else empty
         skipped = len(references[0].shards.index["skipped"])
@@ -165,14 +167,12 @@ def open_clips(data: Data, transformer: Mapping[str, Any], tokens: int) -> Clips
             f"[data] caption_dropout is {data.caption_dropout}, but no data set holds the empty caption's embedding. "
             "Set it to 0, or encode the data again with this release."
         )
-    every = [*(reference for _, references in trained for reference in references), *held_out]
-    longest = max(reference.stored.text[0] for reference in every)
-    rows = tokens if conditioning.images else rows_for(max(longest, 0 if empty is None else len(empty)), tokens)
-    for name, references in trained:
-        for reference in references:
-            shape = reference.stored.latents
-            pool = Pool(name, shape, [], rows, conditioning.tensors)
-            pools.setdefault((name, shape), pool).clips.append(reference)
+    rows = tokens
+    if not conditioning.images:
+        lengths = [clip.stored.text[0] for clips in (held_out, *(p.clips for p in pools.values())) for clip in clips]
+        rows = rows_for(max([*lengths, 0 if empty is None else len(empty)]), tokens)
+    for pool in pools.values():
+        pool.tokens = rows
     padded = None if empty is None else pad_text(empty.to(torch.bfloat16), rows)
     return Clips(list(pools.values()), held_out, padded, notes, conditioning, rows)
 

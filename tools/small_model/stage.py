@@ -66,17 +66,15 @@ def encode_sets(stage: Stage, root: Path, device: str, fresh: int, cards: int) -
         folder = root / "data" / name
         if (folder / INDEX).exists():
             continue
-        common = {**asked, "model": root / "model", "device": device}
-        if asked.get("split") == "test":
+        test, start = asked.get("split") == "test", asked.get("start", 0)
+        common = {**asked, "start": start if test else start + fresh, "model": root / "model", "device": device}
+        if test or cards == 1:
             encode.main(arguments_of({**common, "out": folder}))
             continue
-        start, clips = asked.get("start", 0) + fresh, asked["clips"]
-        if cards == 1:
-            encode.main(arguments_of({**common, "out": folder, "start": start}))
-            continue
         parts = [folder.with_name(f"{name}.part-{card}") for card in range(cards)]
-        edges = [clips * card // cards for card in range(cards + 1)]
-        shares = [{"start": start + first, "clips": last - first} for first, last in itertools.pairwise(edges)]
+        edges = [asked["clips"] * card // cards for card in range(cards + 1)]
+        pairs = itertools.pairwise(edges)
+        shares = [{"start": common["start"] + first, "clips": last - first} for first, last in pairs]
         encode_parts(
             [arguments_of({**common, **share, "out": part}) for share, part in zip(shares, parts, strict=True)]
         )
