@@ -38,7 +38,8 @@ class Loop:
         self.stop = Stop()
         # Of the CPUs: a card would be waited for at every step, and what it runs next could not be queued meanwhile.
         several = session.accelerator.num_processes > 1
-        self.words = torch.distributed.new_group(backend="gloo") if several else None
+        group = torch.distributed.new_group(backend="gloo") if several else None
+        self.words = group if isinstance(group, torch.distributed.ProcessGroup) else None
         self.mean = torch.zeros((), device=session.accelerator.device)
         self.log = Log(session)
         self.curves: Curves | None = None
