@@ -71,11 +71,14 @@ def which_torch(python: Path) -> list[str]:
 
 
 def test(python: Path, arguments: list[str]) -> int:
-    """Lint and types first, since they are quick; pytest always runs and speaks last. All tests are shared by two
-    processes (tests/conftest.py); one that runs out of tests takes over some of the other's."""
+    """Lint and types first, since they are quick; pytest always runs, and speaks last where those passed. All tests are
+    shared by two processes (tests/conftest.py); one that runs out of tests takes over some of the other's."""
     checks = [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]]
     codes = [subprocess.run([python, "-m", *check], cwd=ROOT).returncode for check in checks]
+    failed = [" ".join(check) for check, code in zip(checks, codes, strict=True) if code]
     codes.append(subprocess.run([python, "-m", "pytest", *(arguments or SHARED)], cwd=ROOT).returncode)
+    if failed:
+        print(f"Failed as well, before the tests (see above them): {', '.join(failed)}", file=sys.stderr)
     return max(codes)
 
 

@@ -58,7 +58,7 @@ def draw_qkv(case, device):
 
 
 @given(case=cases())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_equals_the_reference(device, case):
     q, k, v = draw_qkv(case, device)
     out = t3_attention(q, k, v, case["grid"], case["partition"], prefix=case["prefix"])
@@ -68,7 +68,7 @@ def test_equals_the_reference(device, case):
 
 
 @given(case=cases(), fraction=st.floats(0.0, 1.0))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_memory_bound_changes_nothing(device, case, fraction):
     """Bit for bit where each window and head is computed alone; kernels may split their work by what they are given."""
     q, k, v = draw_qkv(case, device)
@@ -126,7 +126,7 @@ def test_one_window_is_dense_attention(device, dtype, prefix):
 
 
 @given(st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_coinciding_branches_are_computed_once(data):
     grid = Grid(*(data.draw(st.integers(1, 6)) for _ in range(3)))
     partition = Partition(*(data.draw(st.integers(1, n)) for n in grid))
@@ -227,7 +227,7 @@ def test_released_index_maps(name, kind):
 
 
 @given(st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_windows_hold_every_token_once(data):
     grid = Grid(*(data.draw(st.integers(1, 9)) for _ in range(3)))
     partition = Partition(*(data.draw(st.integers(1, n)) for n in grid))

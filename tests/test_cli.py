@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import run
 from t3 import cli
 from t3.parallel import faults
 
@@ -43,3 +44,18 @@ def test_one_of_many_processes_says_it_as_plainly(capsys, monkeypatch):
     out, err = capsys.readouterr()
     assert "the package diffusers is not installed" in err and "Traceback" not in err
     assert json.loads(out)["status"] == 2
+
+
+@pytest.mark.parametrize("fails", [None, "mypy"])
+def test_what_failed_before_the_tests_is_said_after_them(monkeypatch, capfd, fails):
+    """A wall of passed tests hides a failed check; the exit status is that of the worst."""
+    called = []
+
+    def fake(command, cwd):
+        called.append(command[2])
+        return SimpleNamespace(returncode=int(command[2] == fails))
+
+    monkeypatch.setattr(run.subprocess, "run", fake)
+    assert run.test("python", ["-k", "one or other"]) == int(fails is not None)
+    assert called == ["ruff", "ruff", "mypy", "pytest"]
+    assert ("mypy" in capfd.readouterr().err) is (fails is not None)

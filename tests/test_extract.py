@@ -258,7 +258,7 @@ def test_a_mapping_may_load_on_access(tmp_path):
     assert set(tuned.asked.values()) == {2}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(2, 90), st.integers(2, 90), st.integers(1, 6), st.integers(-8, 8), st.integers(0, 2**16))
 def test_a_low_rank_is_found_and_recovered(rows, columns, rank, size, seed):
     """Whatever its size and scale, and whether its rank is asked for or found."""

@@ -67,7 +67,7 @@ def cases(draw):
 
 
 @given(case=cases())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_equals_the_reference(case):
     grid, partition, batch, dtype, seed = case
     qkv, more = inputs(grid, batch=batch, dtype=dtype, seed=seed)
@@ -77,7 +77,7 @@ def test_equals_the_reference(case):
 
 
 @given(case=cases(), prefix=st.integers(0, 9), suffix=st.integers(0, 9), room=st.integers(1, 2**16))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_tokens_beside_the_grid_equal_the_reference(case, prefix, suffix, room):
     """room: bytes for windows joined with these tokens; from one window of one head to all windows at once."""
     grid, partition, batch, dtype, seed = case
@@ -172,7 +172,7 @@ def test_launches_stay_legal(monkeypatch):
 
 
 @given(st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_rows_are_those_of_the_windows(data):
     grid = Grid(*(data.draw(st.integers(1, 7)) for _ in range(3)))
     partition = Partition(*(data.draw(st.integers(1, n)) for n in grid))

@@ -71,7 +71,7 @@ def test_windows_keep_their_tokens_on_common_sizes(name, size):
 
 
 @given(grids, st.sampled_from(list(RELEASED)), st.integers(0, 60))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_grid_gets_a_legal_partition(grid, name, layer):
     plan = Plan.preset(name)
     partition = plan.partition(layer, grid)

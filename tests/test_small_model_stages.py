@@ -318,3 +318,14 @@ def test_processes_share_a_stage(parts, tmp_path, monkeypatch):
     assert dict(zip(last[0].split(","), last[-1].split(","), strict=True))["clips"] == "8"  # 4 a process, one step
     with pytest.raises(SystemExit, match="an encode of 2 ended with"):
         stage.encode_parts([["--model", "nowhere", "--out", f"part-{i}"] for i in range(2)])
+
+
+def test_processes_keep_to_the_cards_that_may_be_used(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, pathlib, sys\nif 'tools.small_model.encode' in sys.orig_argv:\n"
+        f"    pathlib.Path({str(tmp_path)!r}, os.environ['CUDA_VISIBLE_DEVICES']).touch()\n    os._exit(0)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
+    stage.encode_parts([["--out", "a"], ["--out", "b"]])
+    assert (tmp_path / "5").exists() and (tmp_path / "3").exists()

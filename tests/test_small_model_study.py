@@ -20,6 +20,7 @@ from t3.retrofit.output import write_full
 from t3.retrofit.shards import read_shards
 from tools.small_model import encode
 from tools.small_model.captions import caption
+from tools.small_model.files import visible_cards
 from tools.small_model.init_dit import make_transformer
 from tools.small_model.plans import GRID
 from tools.small_model.scenes import scenes
@@ -463,7 +464,7 @@ def test_workers_are_ended_when_the_time_is_over(tmp_path):
     commands = [["-c", stubborn], ["-c", quick]]
     assert pool.run_all(commands, tmp_path, started + 2, tmp_path / "cache", lambda: calls.append(1)) == [3]
     assert time.time() - started < 15 and len(calls) > 1
-    assert (tmp_path / "worker-1.log").read_text() == pool.cards(2)[1]
+    assert (tmp_path / "worker-1.log").read_text() == visible_cards(2)[1]
 
 
 def test_a_job_that_is_cut_off_leaves_nothing(base, monkeypatch):

@@ -1,8 +1,9 @@
-"""What the stages share: a clock to stop by, a folder of their own, a line to the screen."""
+"""What the stages share: a clock to stop by, cards, a folder of their own, a line to the screen."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -23,6 +24,13 @@ class Stopwatch:
     def used(self) -> float:
         """Seconds so far."""
         return time.monotonic() - self._start
+
+
+def visible_cards(workers: int) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES says for each of so many workers, in turn out of the cards this process may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [name for name in visible.split(",") if name] if visible else [str(i) for i in range(workers)]
+    return [names[i % len(names)] if names else "" for i in range(workers)]
 
 
 def fresh_folder(path: Path) -> Path:

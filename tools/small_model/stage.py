@@ -27,7 +27,7 @@ from t3.retrofit.config import read_config
 from t3.retrofit.shards import INDEX, join
 
 from . import encode, evaluate
-from .files import Stopwatch, read_toml, say
+from .files import Stopwatch, read_toml, say, visible_cards
 from .init_dit import prepare_folder
 
 STAGES = Path(__file__).with_name("stages.toml")
@@ -89,8 +89,8 @@ def encode_parts(parts: list[list[str]]) -> None:
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     running = []
     try:
-        for card, arguments in enumerate(parts):
-            environ = {**os.environ, "CUDA_VISIBLE_DEVICES": str(card), "PYTHONPATH": paths}
+        for card, arguments in zip(visible_cards(len(parts)), parts, strict=True):
+            environ = {**os.environ, "CUDA_VISIBLE_DEVICES": card, "PYTHONPATH": paths}
             running.append(subprocess.Popen([*command, *arguments], env=environ))
         for process in running:
             if process.wait():

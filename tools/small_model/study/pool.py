@@ -10,14 +10,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ..files import visible_cards
+
 _GRACE = 5.0  # seconds between asking a process to end and ending it
-
-
-def cards(workers: int) -> list[str]:
-    """What CUDA_VISIBLE_DEVICES says for each of so many workers, out of the cards this process may use."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = [name for name in visible.split(",") if name] if visible else [str(i) for i in range(workers)]
-    return [names[i % len(names)] if names else "" for i in range(workers)]
 
 
 def run_all(
@@ -34,7 +29,7 @@ def run_all(
     """
     logs.mkdir(parents=True, exist_ok=True)
     processes = []
-    for number, (command, card) in enumerate(zip(commands, cards(len(commands)), strict=True)):
+    for number, (command, card) in enumerate(zip(commands, visible_cards(len(commands)), strict=True)):
         environment = {
             "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",
             "TORCHINDUCTOR_CACHE_DIR": str(cache.absolute()),
