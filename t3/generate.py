@@ -13,7 +13,7 @@ from . import __version__, cli
 from .batch import Batch
 from .embedded import NOTICE
 from .errors import T3Error
-from .images import load_image
+from .images import check_images
 from .jobs import Job, Options, make_jobs, run_jobs
 from .memory import AUTO, MODES
 from .parallel import faults
@@ -196,29 +196,6 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise T3Error(f"--attention-memory chooses the way by itself: leave --memory {args.memory} out.")
 
 
-def _check_images(jobs: list[Job], sources: Sources) -> None:
-    """Raise `T3Error` for a clip whose images this model does not take, lacks, or that cannot be read."""
-    both = sources.transformer.get("pos_embed_seq_len") is not None  # trained on first and last frame together
-    seen: set[Path] = set()
-    for job in jobs:
-        image, last = job.clip.image, job.clip.last_image
-        if last and not image:
-            raise T3Error("--last-image needs --image too.")
-        if image and not sources.takes_image:
-            raise T3Error(
-                f"{sources.name} is a text-to-video model and takes no image. Use an I2V or VACE model, or Wan2.2 5B."
-            )
-        if last and not sources.takes_last_image:
-            raise T3Error(f"{sources.name} takes no --last-image. Use a first-and-last-frame, I2V or VACE model.")
-        if sources.needs_image and not image:
-            raise T3Error(f"{sources.name} is an image-to-video model and {job.name!r} has no image: give --image.")
-        if both and not last:
-            raise T3Error(f"{sources.name} starts from a first and a last frame: give --last-image too.")
-        for path in {path for path in (image, last) if path} - seen:
-            load_image(path, job.clip.height, job.clip.width)
-            seen.add(path)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = build_parser().parse_args(argv)
@@ -233,7 +210,7 @@ def _generate(args: argparse.Namespace, world: World) -> int:
     if not args.dry_run:
         world.start(args.device)
     jobs, done = _jobs_of_all(args, world)
-    _check_images(jobs, sources)
+    check_images(((job.name, job.clip) for job in jobs), sources)
     split = _split(args, world, sources, grid, len(jobs))
     passes = args.steps * (2 if args.cfg > 1 else 1)
     dtype = args.dtype if args.dtype != "auto" else "fp32" if sources.embedded else "bf16"

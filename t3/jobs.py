@@ -158,7 +158,7 @@ def _clip(args: argparse.Namespace, prompt: Prompt | None) -> Clip:
         cfg=args.cfg,
         seed=own(prompt.seed if prompt else None, args.seed),
         image=own(prompt.image if prompt else None, args.image),
-        last_image=args.last_image,
+        last_image=own(prompt.last_image if prompt else None, args.last_image),
     )
 
 

@@ -31,6 +31,7 @@ class Prompt:
     negative: str | None = None
     seed: int | None = None
     image: Path | None = None
+    last_image: Path | None = None
 
 
 def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
@@ -38,9 +39,9 @@ def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
 
     Text: one prompt a line; blank lines and lines that start with '#' are skipped. JSON: a list; JSON lines: one
     entry a line. An entry is a string, or an object with the prompt under "prompt", "text" or "prompt_en" (the
-    first found) and, if wanted, "name", "negative_prompt", "seed" and "image" (a path from the prompt file's
-    folder). Without a "name" the stem of "data_file" is used. Other keys are ignored, so that the prompt lists of
-    data sets can be used as they are.
+    first found) and, if wanted, "name", "negative_prompt", "seed", "image" and "last_image" (paths from the prompt
+    file's folder). Without a "name" the stem of "data_file" is used. Other keys are ignored, so that the prompt lists
+    of data sets can be used as they are.
 
     Names are made safe for all file systems (`safe_name`). A prompt without one is named after its number, counted
     from 1, and its first words: `0007-a-red-kite`. If a name is taken, "-2", "-3", ... is added: a prompt's name never
@@ -175,19 +176,24 @@ def _fields(where: str, entry: Any, folder: Path) -> dict[str, Any]:
         # Either separator, whatever system the list was made on.
         base = re.split(r"[/\\]", _string(where, entry, "data_file") or "")[-1]
         name = base.rpartition(".")[0] or base
-    image = _string(where, entry, "image")
     seed = entry.get("seed")
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < _SEED_LIMIT):
         raise T3Error(f'{where} has the "seed" {seed!r}. Use a whole number from 0 to 2^64 - 1, without quotes.')
-    if image and not (folder / image).is_file():
-        raise T3Error(f'{where} has the "image" {image!r}, and {folder / image} does not exist. Correct the path.')
     return {
         "text": text.strip(),
         "name": name or None,
         "negative": _string(where, entry, *_NEGATIVE_KEYS),
         "seed": seed,
-        "image": folder / image if image else None,
+        "image": _file(where, entry, "image", folder),
+        "last_image": _file(where, entry, "last_image", folder),
     }
+
+
+def _file(where: str, entry: dict[str, Any], key: str, folder: Path) -> Path | None:
+    name = _string(where, entry, key)
+    if name and not (folder / name).is_file():
+        raise T3Error(f'{where} has the "{key}" {name!r}, and {folder / name} does not exist. Correct the path.')
+    return folder / name if name else None
 
 
 def _string(where: str, entry: dict[str, Any], *keys: str) -> str | None:

@@ -97,12 +97,17 @@ def latent_mask(mask: torch.Tensor, latent_frames: int) -> torch.Tensor:
 
 def kept_frames(clip: Clip) -> torch.Tensor:
     """`[1, frames, H, W, 3]` in uint16: the clip's images where they stand, and grey everywhere else."""
+    return among_grey(clip.frames, clip.height, clip.width, pictures(clip))
+
+
+def pictures(clip: Clip) -> dict[int, torch.Tensor]:
+    """The clip's images by the number of their frame, 0 and -1: `[H, W, 3]` in uint8, at the clip's size."""
     given = {}
     for frame, path in ((0, clip.image), (-1, clip.last_image)):
         if path:
             pixels = torch.frombuffer(bytearray(load_image(path, clip.height, clip.width).tobytes()), dtype=torch.uint8)
             given[frame] = pixels.view(clip.height, clip.width, 3)
-    return among_grey(clip.frames, clip.height, clip.width, given)
+    return given
 
 
 def among_grey(frames: int, height: int, width: int, given: Mapping[int, torch.Tensor]) -> torch.Tensor:

@@ -109,6 +109,18 @@ def test_a_claim_that_a_killed_process_left_on_a_finished_clip_goes_when_the_com
     assert not claim_path(first).exists() and living.path.exists()
 
 
+def test_a_prompt_has_its_own_images_or_those_of_all(tmp_path):
+    for name in ("a", "b", "own-a", "own-b"):
+        (tmp_path / f"{name}.png").touch()
+    entries = [{"prompt": "x", "image": "own-a.png", "last_image": "own-b.png"}, "y"]
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+    images = ["--image", str(tmp_path / "a.png"), "--last-image", str(tmp_path / "b.png")]
+    where = ["--prompts", str(tmp_path / "list.json"), "--out", str(tmp_path / "out"), "--fps", "16"]
+    clips = [job.clip for job in make_jobs(build_parser().parse_args([*where, *TINY, *images]))[0]]
+    found = [(clip.image.name, clip.last_image.name) for clip in clips]
+    assert found == [("own-a.png", "own-b.png"), ("a.png", "b.png")]
+
+
 def test_one_prompt_is_not_claimed(tmp_path):
     jobs = jobs_in(tmp_path, "a")
     taken = Batch(jobs, argparse.Namespace(prompts=None, overwrite=False)).of_team(ALONE)

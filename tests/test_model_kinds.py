@@ -120,9 +120,9 @@ def test_two_files_are_the_experts_of_one_model(capsys, here, models):
 @pytest.mark.parametrize(
     ("kind", "more", "words"),
     [
-        ("i2v", [], "image-to-video model and .* has no image: give --image"),
+        ("i2v", [], "image-to-video model, and .* has no image. Name one: "),
         ("t2v", ["--image", "start.png"], "text-to-video model and takes no image"),
-        ("ti2v-5b", ["--image", "start.png", "--last-image", "end.png"], "takes no --last-image"),
+        ("ti2v-5b", ["--image", "start.png", "--last-image", "end.png"], "takes no last image"),
         ("ti2v-5b", ["--height", "80"], "height is 80.*multiple of 32.*Nearest: 64"),
         ("i2v", ["--image", "plan.json"], "plan.json cannot be read as an image"),
         ("i2v", ["--image", "none.png"], "none.png does not exist"),

@@ -42,12 +42,12 @@ def test_byte_order_mark(write, name):
 
 
 def test_json_forms(write):
-    write("first frame.png", b"")
+    first, last = write("first frame.png", b""), write("last.png", b"")
     entries = [
         "a kite",
         {"data_file": "vids/x.y-z.mp4", "prompt_en": "a leopard"},
         {"prompt": "a", "text": "b", "name": "Take 1", "negative_prompt": "blur", "seed": 2**64 - 1, "fps": 24},
-        {"text": "b", "negative": "", "seed": 0, "image": "first frame.png", "name": None},
+        {"text": "b", "negative": "", "seed": 0, "image": "first frame.png", "last_image": "last.png", "name": None},
     ]
     expected = [
         Prompt("a kite", "0001-a-kite"),
@@ -58,7 +58,7 @@ def test_json_forms(write):
         write("a.json", json.dumps(entries)),
         write("a.jsonl", "\n\n".join(json.dumps(entry) for entry in entries)),
     ):
-        assert read_prompts(file) == [*expected, Prompt("b", "0004-b", "", 0, file.parent / "first frame.png")]
+        assert read_prompts(file) == [*expected, Prompt("b", "0004-b", "", 0, first, last)]
 
 
 def test_same_names_are_numbered_in_order(write):
@@ -100,6 +100,7 @@ def test_slug_is_cut_between_words(write):
         ("a.json", '[{"prompt": "a", "seed": -1}]', "seed"),
         ("a.json", f'[{{"prompt": "a", "seed": {2**64}}}]', "seed"),
         ("a.jsonl", '"a"\n{"prompt": "a", "image": "none.png"}', "line 2 .*none.png.* does not exist"),
+        ("a.jsonl", '{"prompt": "a", "last_image": "none.png"}', 'line 1 has the "last_image" .* does not exist'),
     ],
 )
 def test_errors(write, name, content, message):

@@ -1,5 +1,7 @@
 """Clips to what image-to-video and VACE models are given, against diffusers' pipelines; training on it; sampling."""
 
+import json
+
 import av
 import numpy as np
 import pytest
@@ -238,12 +240,57 @@ def test_samples_that_a_model_does_not_make_are_refused_first(encoded, tmp_path,
     assert not (tmp_path / "run" / "metrics.csv").exists()
 
 
-def test_own_samples_of_a_model_that_needs_an_image_are_refused_and_of_vace_made(encoded, tmp_path, capsys):
-    (tmp_path / "prompts.txt").write_text("a red square\n")
-    common = ["encode", "--own-samples", str(tmp_path / "prompts.txt"), "--size", f"{HEIGHT}x{WIDTH}", "--frames", "5"]
-    common += ["--steps", "1", "--cfg", "1", "--device", "cpu", "--out", str(tmp_path / "set"), "--model"]
-    assert main([*common, str(encoded("i2v")[0])]) == 2
-    assert "Sample with t3.generate, and encode its clips" in capsys.readouterr().err
-    assert main([*common, str(encoded("vace")[0])]) == 0
-    shards = open_shards(tmp_path / "set")
-    assert shards.grey(shards.clips[0].latents) is not None
+def own_samples(tmp_path, videos, model, kind):
+    """The command that samples two prompts, one of them with the pictures that the first clip starts and ends with."""
+    for name, picture in zip(("image", "last_image"), ends(videos)[0], strict=True):
+        picture.save(tmp_path / f"{name}.png")
+    taken = ["image"] if kind in ("i2v", "ti2v-5b") else ["image", "last_image"]
+    images = {name: f"{name}.png" for name in taken}
+    other = {} if kind == "ti2v-5b" else images
+    entries = [{"prompt": "a grey clip a", **images}, {"prompt": "a red square", "negative_prompt": "blue", **other}]
+    (tmp_path / "prompts.json").write_text(json.dumps(entries))
+    size = ["--size", f"{HEIGHT}x{WIDTH}", "--frames", str(FRAMES), "--steps", "1", "--cfg", "1", "--device", "cpu"]
+    where = ["--out", str(tmp_path / "set"), "--model", str(model)]
+    return ["encode", "--own-samples", str(tmp_path / "prompts.json"), *size, *where, *ASKED[kind][0]]
+
+
+@pytest.mark.parametrize("kind", sorted(ASKED))
+def test_own_samples_have_what_encoded_clips_have(encoded, videos, tmp_path, kind, capsys):
+    """The pictures of the first prompt are the first and last frame of the clip `a`: what is given is the same."""
+    model, folder = encoded(kind)
+    command = own_samples(tmp_path, videos, model, kind)
+    assert main(command) == 0
+    made, real = open_shards(tmp_path / "set"), open_shards(folder)
+    assert (made.grey(made.clips[0].latents) is not None) is (kind == "vace")
+    assert [clip.latents for clip in made.clips] == 2 * [real.clips[0].latents]
+    found, wanted = made.load(0), real.load(0)
+    assert not torch.equal(found.latents, wanted.latents)
+    for number in range(2):
+        assert made.load(number).given.keys() == wanted.given.keys()
+    for name, tensor in wanted.given.items():
+        close(found.given[name], tensor)
+    assert main(command) == 0 and "2 were done before" in capsys.readouterr().err
+    assert train(tmp_path, model, tmp_path / "set", kind) == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "entry", "asked", "said"),
+    [
+        ("i2v", {}, [], "given (first), and the prompt 'one' has no \"image\". Name a file there"),
+        ("flf2v", {"image": "a.png"}, [], "given (ends), and the prompt 'one' has no \"last_image\""),
+        ("flf2v", {"last_image": "a.png"}, [], "'one' has a last image, and none to start from"),
+        ("vace", {"image": "a.png"}, ["--condition", "ends"], "given (ends), and the prompt 'one' has no"),
+        ("ti2v-5b", {"image": "a.png", "last_image": "a.png"}, [], "takes no last image. Use a first-and-last-frame"),
+        ("i2v", {"image": "b.png"}, [], "cannot be read as an image"),
+        ("i2v", {"image": "c.png"}, [], "c.png does not exist"),
+    ],
+)
+def test_prompts_without_the_images_that_own_samples_need(encoded, tmp_path, capsys, kind, entry, asked, said):
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_text("no picture")
+    (tmp_path / "prompts.json").write_text(json.dumps([{"prompt": "a dot", "name": "one", **entry}]))
+    command = ["encode", "--own-samples", str(tmp_path / "prompts.json"), "--out", str(tmp_path / "set"), *asked]
+    size = ["--size", f"{HEIGHT}x{WIDTH}", "--frames", str(FRAMES), "--device", "cpu"]
+    assert main([*command, *size, "--model", str(encoded(kind)[0])]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "set").exists()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,19 @@ from ..jobs import Clip as SampledClip
 from ..jobs import Options
 from ..pipeline import DTYPES, Engine, assemble, pick_device, pick_dtype
 from ..plan import Grid, Plan
-from ..prompts import Prompt
 from ..sources import Sources
-from ..vace import among_grey
+from ..vace import among_grey, pictures
 from ..vae import WanEncoder, encode_frames
 from ..vae.ranks import Ranks
 from ..vae.shared_encode import encode_shared
 from .buckets import Bucket, NoBucket, choose
 from .clips import BadClip, Clip, inspect_clip, read_clip
 from .conditioning import Conditioning
-from .shards import ENDS, FIRST, IMAGE, LAST_IMAGE, ShardWriter
+from .shards import FIRST, IMAGE, LAST_IMAGE, ShardWriter
 
 Say = Callable[[str], None]
 _ONE_MORE = "one more"
+SAMPLED_FPS = 16.0  # as Wan2.1 samples are played
 NAMED = 10  # faults that are named on the screen; all of them are in the index
 
 
@@ -99,21 +99,13 @@ class Encoders:
             found = encode_shared(self.encoder, frames, self.ranks, memory=memory, say=say)
         return normalised(found, self.vae)[0]
 
-    @torch.no_grad()
     def given(
         self, frames: torch.Tensor, conditions: Sequence[str], memory: int | None, say: Say
     ) -> dict[str, torch.Tensor]:
         """What models are given of a clip, by the names of `shards.GIVEN`: frames uint8 `[1, frames, H, W, 3]`."""
         ends = {0: frames[0, 0], -1: frames[0, -1]}
-        pictures = {FIRST: {0: ends[0]}, ENDS: ends}
-        _, count, height, width, _ = frames.shape
-        kept = {name: among_grey(count, height, width, pictures[name]) for name in conditions}
-        found = {name: self.latents(clip, memory, say) for name, clip in kept.items()}
-        if self.conditioning.images:
-            images = [Image.fromarray(picture.numpy()) for picture in ends.values()][: self.conditioning.images]
-            embedded = self.pipe.encode_image(images, self.device).cpu()
-            found.update(zip((IMAGE, LAST_IMAGE), embedded, strict=False))
-        return found
+        found = given_latents(ends, frames.shape[1], conditions, lambda clip: self.latents(clip, memory, say))
+        return found | embedded_images(ends, self.pipe, self.conditioning.images, self.device)
 
     def grey(self, bucket: Bucket, memory: int | None, say: Say) -> torch.Tensor:
         """Latents `[C, T, H, W]` of a clip of middle grey."""
@@ -163,6 +155,31 @@ def normalised(latents: torch.Tensor, vae: Any) -> torch.Tensor:
         for name in ("latents_mean", "latents_std")
     )
     return (latents - mean) / deviation
+
+
+def given_latents(
+    ends: Mapping[int, torch.Tensor], frames: int, conditions: Iterable[str], latents: Callable
+) -> dict[str, torch.Tensor]:
+    """`latents` of what is given of a clip of so many frames, by the conditions' names.
+
+    ends: the pictures `[H, W, 3]` in uint8 at frame 0 and, where more than the first is given, at frame -1.
+    """
+    found = {}
+    for name in conditions:
+        height, width, _ = ends[0].shape
+        found[name] = latents(among_grey(frames, height, width, {0: ends[0]} if name == FIRST else ends))
+    return found
+
+
+@torch.no_grad()
+def embedded_images(
+    ends: Mapping[int, torch.Tensor], pipe: Any, images: int, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """The image encoder's embeddings `[tokens, dim]` of the first so many of `ends`, by the names of `shards.GIVEN`."""
+    if not images:
+        return {}
+    shown = [Image.fromarray(ends[frame].numpy()) for frame in (0, -1)[:images]]
+    return dict(zip((IMAGE, LAST_IMAGE), pipe.encode_image(shown, device).cpu(), strict=False))
 
 
 def _mark(*modules: torch.nn.Module) -> str:
@@ -226,40 +243,43 @@ def _add_grey(
 
 
 def sample_clips(
-    prompts: Iterable[Prompt],
-    sources: Sources,
-    writer: ShardWriter,
-    options: Options,
-    like: SampledClip,
-    fps: float,
-    text_tokens: int,
-    say: Say,
+    clips: Mapping[str, SampledClip], sources: Sources, writer: ShardWriter, options: Options, asked: Asked, say: Say
 ) -> Tally:
-    """The model's own clips, sampled with dense attention, as a data set. `like` has what is the same for all."""
-    tally, done = Tally(), writer.done
-    todo = [(number, prompt) for number, prompt in enumerate(prompts) if prompt.name not in done]
+    """The model's own clips, sampled with dense attention, as a data set: those that `writer` does not have yet.
+
+    clips: by name, all of one size and length. What the model is given beside a prompt comes from the clip's images.
+    """
+    tally, done, like = Tally(), writer.done, next(iter(clips.values()))
     grid = Grid.from_video(like.frames, like.height, like.width, sources.pixels_per_token)
     engine = Engine.load(sources, Plan.preset("dense"), options, grid, say)
-    encoder = _TextEncoder(engine.pipe, engine.device, text_tokens)
-    writer.empty_text(encoder(""))
-    if sources.is_vace:
-        grey = Encoder(engine.vae, engine.device)(among_grey(like.frames, like.height, like.width, {}))
-        writer.grey(normalised(grey, engine.vae)[0])
-    for number, prompt in todo:
-        seed = like.seed + number if prompt.seed is None else prompt.seed
-        latents = engine.sample(replace(like, prompt=prompt.text, seed=seed))
+    text = _TextEncoder(engine.pipe, engine.device, asked.text_tokens)
+    conditioning, encode = Conditioning.of(sources.transformer, {}), Encoder(engine.vae, engine.device)
+
+    def latents_of(frames: torch.Tensor) -> torch.Tensor:
+        return normalised(encode(frames), engine.vae)[0]
+
+    writer.empty_text(text(""))
+    if conditioning.takes_grey:
+        writer.grey(latents_of(among_grey(like.frames, like.height, like.width, {})))
+    for name, clip in clips.items():
+        if name in done:
+            tally.before += 1
+            continue
+        latents, ends = engine.sample(clip), pictures(clip)
+        given = given_latents(ends, clip.frames, asked.conditions, latents_of)
         writer.add(
             normalised(latents, engine.vae)[0],
-            encoder(prompt.text),
-            caption=prompt.text,
-            source=prompt.name,
+            text(clip.prompt),
+            given=given | embedded_images(ends, engine.pipe, conditioning.images, engine.device),
+            caption=clip.prompt,
+            source=name,
             frames=frame_count(latents.shape[2]),
-            height=like.height,
-            width=like.width,
-            fps=fps,
+            height=clip.height,
+            width=clip.width,
+            fps=asked.fps or SAMPLED_FPS,
         )
         tally.encoded += 1
-        say(f"sampled {prompt.name}")
+        say(f"sampled {name}")
     return tally
 
 

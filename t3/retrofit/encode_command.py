@@ -14,6 +14,7 @@ from ..parallel.world import World
 from .buckets import check_buckets, parse_size
 from .clips import list_clips
 from .config import CONDITIONS, NONE
+from .shards import ENDS, FIRST
 
 if TYPE_CHECKING:
     from ..sources import Sources
@@ -98,11 +99,6 @@ def encode(args: argparse.Namespace, world: World) -> int:
         _conditions(args.condition, sources),
     )
     check_buckets(asked.sizes, asked.frames, sources.pixels_per_token)
-    if args.own_samples and asked.conditions:
-        raise T3Error(
-            f"own samples are made of prompts alone, and {' and '.join(asked.conditions)} frames are to be given. "
-            "Sample with t3.generate, and encode its clips."
-        )
     if args.own_samples and world.size > 1:
         raise T3Error(
             f"own samples are made by one process, and {world.size} were started. Sample with t3.generate over all of "
@@ -156,22 +152,44 @@ def _encode(
 
 
 def _sample(args: argparse.Namespace, sources: Sources, options: Any, asked: Any) -> tuple[Any, int]:
-    from ..generate import NEGATIVE_PROMPT
-    from ..jobs import Clip
-    from ..prompts import read_prompts
     from .encode import sample_clips, target
 
     if len(asked.sizes) > 1 or len(asked.frames) > 1:
         raise T3Error("own samples have one --size and one --frames; run again for another, into another folder.")
-    prompts = read_prompts(Path(args.own_samples))
-    height, width = asked.sizes[0]
-    frames, fps = asked.frames[0], asked.fps or 16.0
-    like = Clip("", NEGATIVE_PROMPT, height, width, frames, args.steps, args.cfg, args.seed)
+    clips = _own_clips(args, sources, asked)
     sampled = {key: getattr(args, key) for key in ("steps", "cfg", "shift", "seed")}
-    facts = {"model": sources.name, "size": f"{height}x{width}", "frames": frames, "sampled": sampled}
+    size = f"{asked.sizes[0][0]}x{asked.sizes[0][1]}"
+    facts = {"model": sources.name, "size": size, "frames": asked.frames[0], "sampled": sampled}
+    if asked.conditions:
+        facts["conditions"] = list(asked.conditions)
     with target(args.out, facts, args.retry_skipped) as writer:
-        tally = sample_clips(prompts, sources, writer, options, like, fps, asked.text_tokens, say)
+        tally = sample_clips(clips, sources, writer, options, asked, say)
     return tally, _total(writer)
+
+
+def _own_clips(args: argparse.Namespace, sources: Sources, asked: Any) -> dict[str, Any]:
+    """What to sample, by the prompts' names. Raises `T3Error` for a prompt without the images that are needed."""
+    from ..generate import NEGATIVE_PROMPT
+    from ..images import check_images
+    from ..jobs import Clip
+    from ..prompts import read_prompts
+
+    clips, (height, width) = {}, asked.sizes[0]
+    for number, prompt in enumerate(read_prompts(Path(args.own_samples))):
+        seed = args.seed + number if prompt.seed is None else prompt.seed
+        negative = NEGATIVE_PROMPT if prompt.negative is None else prompt.negative
+        images = prompt.image, prompt.last_image
+        clips[prompt.name] = Clip(
+            prompt.text, negative, height, width, asked.frames[0], args.steps, args.cfg, seed, *images
+        )
+        for condition, key in ((FIRST, "image"), (ENDS, "last_image")):
+            if condition in asked.conditions and getattr(prompt, key) is None:
+                raise T3Error(
+                    f"own samples keep what their model is given ({condition}), and the prompt {prompt.name!r} has no "
+                    f'"{key}". Name a file there for each prompt.'
+                )
+    check_images(clips.items(), sources)
+    return clips
 
 
 def _total(writer: Any) -> int:
