@@ -292,6 +292,11 @@ def test_a_stage_encodes_trains_measures_and_keeps(parts, tmp_path, monkeypatch,
     assert (tmp_path / "kept/dense-more.safetensors").exists()
     few, more = (load_file(tmp_path / f"kept/dense-{name}.safetensors") for name in ("few", "more"))
     assert few.keys() == more.keys() and any(not torch.equal(few[name], more[name]) for name in few)
+    # Tuned to windows: with them it is judged too.
+    capsys.readouterr()
+    windows = "model.plan='small/plans/small-frame.json'"
+    stage.main([*common, "--start", "kept/dense-few.safetensors", "--name", "t3-few", "--set", windows])
+    assert "plan 'small-frame', carried by the weights" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="has no stage 'fewer'. There are few"):
         stage.main(["fewer", *common[1:]])
     with pytest.raises(SystemExit, match="s are left for training"):

@@ -15,6 +15,7 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from transformers import AutoTokenizer, UMT5EncoderModel
 
+from . import plans
 from .files import TRAINED, forget_paths, fresh_folder, say
 from .text import TEXT_DIM
 
@@ -61,13 +62,16 @@ def assemble(vae: Path, text: Path, transformer: WanTransformer3DModel, out: Pat
 
 
 def prepare_folder(root: Path) -> None:
-    """Make `root`/model from the text encoder and the folded VAE in `root`, or else from those that were published."""
+    """Make `root`/model from the text encoder and the folded VAE in `root`, or else from those that were published,
+    and `root`/plans."""
     for name in ("text", "folded"):
         if not (root / name).exists():
             say(f"{root / name}: copied from {TRAINED}")
             shutil.copytree(TRAINED / name, root / name)
     if not (root / "model" / "model_index.json").exists():
         assemble(root / "folded", root / "text", make_transformer(), root / "model", torch.float32)
+    if not (root / "plans").exists():
+        plans.write(fresh_folder(root / "plans"))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -34,14 +34,18 @@ PLANS = {
 }
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.small_model.plans", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
-    folder = fresh_folder(parser.parse_args(arguments).out)
+def write(folder: Path) -> None:
+    """Write every plan into `folder`, and say how long its windows are."""
     for name, plan in PLANS.items():
         (folder / f"{name}.json").write_text(plan.to_json() + "\n")
         sizes = [max(size for _, size in partition.window_classes(GRID)) for partition in plan.partitions(GRID, 5)]
         say(f"{name}: windows of {sizes} tokens")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.small_model.plans", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
+    write(fresh_folder(parser.parse_args(arguments).out))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One stage of the dense model from what is there to its measured result, in one command that ends in time.
+"""One stage of the model from what is there to its measured result, in one command that ends in time.
 
     python -m tools.small_model.stage image --seconds 570 --keep KEPT
     python -m tools.small_model.stage low --seconds 570 --keep KEPT --start KEPT/dense-short.safetensors
@@ -120,7 +120,7 @@ def train(stage: Stage, changes: list[str], log: Path, cards: int) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.small_model.stage", description=__doc__.split("\n")[0])
-    parser.add_argument("stage", help="image, short, low or high; see stages.toml")
+    parser.add_argument("stage", help="image, short, low, t3-low or high; see stages.toml")
     parser.add_argument("--seconds", type=float, default=0, help="for all of it; 0: as the recipe says")
     parser.add_argument("--keep", type=Path, required=True, help="folder for what is worth keeping")
     parser.add_argument("--start", type=Path, help="weights to go on from, in place of the recipe's")
@@ -157,7 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
         shutil.copy(folder / table, args.keep / f"{folder.name}-{table}")
     say(f"{watch.used():.0f} s: trained, {weights.name}")
     results = {"out": args.keep / f"{folder.name}.json", "pictures": args.keep / f"{folder.name}.png"}
-    asked = {"model": args.root / "model", "dit": weights, "plan": "dense", "device": args.device}
+    asked = {"model": args.root / "model", "dit": weights, "device": args.device}
     evaluate.main(arguments_of({**asked, **stage.evaluate, **results}))
     say(f"{watch.used():.0f} s: measured")
 
