@@ -10,7 +10,8 @@ import pytest
 
 from t3 import scaling
 from t3.bench import __main__ as bench
-from t3.bench.scaling import BEGIN, END, Measured, clips, decode_seconds, document, models
+from t3.bench.scaling import Measured, decode_seconds, models
+from t3.bench.scaling_tables import BEGIN, END, clips, document
 from t3.scaling import Clip, Model, busy_share, forward, layer_bytes, mean_wait, servers_needed, tensor_bytes
 
 ROOT = Path(__file__).resolve().parent.parent

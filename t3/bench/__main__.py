@@ -233,7 +233,8 @@ def _plot(args: argparse.Namespace) -> int:
 
 
 def _scaling(args: argparse.Namespace) -> int:
-    from .scaling import Measured, document, put_into
+    from .scaling import Measured
+    from .scaling_tables import document, put_into
 
     if not args.price > 0:
         raise T3Error(f"--price is {args.price:g}; give what a GPU's hour costs, above 0.")

@@ -1,9 +1,8 @@
-"""`t3.bench scaling`: what many GPUs give, as tables of `t3.scaling`'s model beside what was measured."""
+"""`t3.bench scaling`: what was measured over GPUs, and what `t3.scaling`'s model is to compute beside it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,17 +11,9 @@ from ..cost import ModelShape
 from ..errors import T3Error
 from ..plan import Grid
 from ..scaling import (
-    EXCHANGES,
-    Clip,
     Model,
     beside,
-    enough_bandwidth,
-    forward,
     layer_bytes,
-    mean_wait,
-    servers_needed,
-    step,
-    tensor_bytes,
 )
 from ..vae.balance import frame_shares
 from ..vae.choice import best, choices, shared_choices
@@ -32,10 +23,7 @@ from ..vae.structure import read_structure
 from ..weights import known_config
 from ..weights.layout_vae import vae_layout
 
-BEGIN, END = "<!-- figures: python -m t3.bench scaling -->", "<!-- end of figures -->"
 GIB = 2**30
-STEPS, PRICE, RACK = 50, 2.5, 72
-MOST_BUSY = 0.9  # assumed: room for peaks of the day, and for cards that are away
 SIZE = {"1.3b": (81, 2176, 3840, 16), "5b": (81, 2176, 3840, 32)}
 CONFIGS = {"1.3b": ("wan2.1-t2v-1.3b", "2.1"), "5b": ("wan2.2-ti2v-5b", "2.2")}
 # Each way, of one card: what the makers state.
@@ -43,7 +31,6 @@ LINKS = {"NVLink 4": 450e9, "PCIe 5 x16": 63e9, "400 Gb/s network": 50e9}
 # Of one H100, from the files beside `benchmarks/README.md`: used where no file gives the same.
 FORWARD = {"1.3b": (5.75, "comfyui_4k_ways_h100.json"), "5b": (3.20, "comfyui_4k_h100.json")}
 DECODE = {"2.1": (15.1, "decode_4k_h100.json"), "2.2": (19.7, "decode_4k_h100.json")}
-WRITE = (18.8, "decode_nodes_4k_h100.json")
 # Part of the decode on one GPU that is the middle stage: 21 frames of 75 ms of attention (1.3B), and convolutions.
 MIDDLE = {"2.1": 0.13, "2.2": 0.03}
 KEPT = 60 * GIB  # memory for a tile of the decode
@@ -144,7 +131,7 @@ def _beside(model: Model, models: list[Model], measured: Measured) -> float:
     return 0.0
 
 
-def _shares(vae: str, ranks: int) -> tuple[float, float]:
+def shares(vae: str, ranks: int) -> tuple[float, float]:
     """What the busiest rank has to do of a decode's and an encode's tiles, in times of what one rank has."""
     config = {key: value for key, value in known_config(f"wan{vae}-vae").items() if not key.startswith("_")}
     shapes = {name: tuple(param.shape) for name, param in vae_layout(config).items()}
@@ -162,7 +149,7 @@ def _shares(vae: str, ranks: int) -> tuple[float, float]:
     return found[0], found[1]
 
 
-def _longest_frames(ranks: int) -> tuple[int, int]:
+def longest_frames(ranks: int) -> tuple[int, int]:
     """Latent frames of the longest share in the middle stage, and of all."""
     latent_frames = 1 + (SIZE["1.3b"][0] - 1) // 4
     return len(frame_shares(latent_frames, ranks)[0]), latent_frames
@@ -175,236 +162,6 @@ def decode_seconds(vae: str, ranks: int, measured: Measured) -> tuple[float, str
     one = measured.decode.get((vae, 1), DECODE[vae][0])
     if ranks == 1:
         return one, "m"
-    frames, all_frames = _longest_frames(ranks)
-    tiles, _ = _shares(vae, ranks)
+    frames, all_frames = longest_frames(ranks)
+    tiles, _ = shares(vae, ranks)
     return one * (MIDDLE[vae] * frames / all_frames + (1 - MIDDLE[vae]) * tiles), "c"
-
-
-def document(measured: Measured, price: float = PRICE) -> str:
-    """All tables, as Markdown."""
-    here = models(measured)
-    parts = [_inputs(measured, here, price)]
-    for model in here:
-        parts += [_moved(model, measured), _forwards(model, measured)]
-    parts.append(_vaes(measured))
-    parts += [_clips(model, measured, price) for model in here]
-    if measured.batch:
-        parts.append(_batch(measured))
-    parts.append(_serving(here, measured))
-    return "\n\n".join(parts)
-
-
-def _table(title: str, heads: list[str], rows: Iterator[list[str]] | list[list[str]], note: str = "") -> str:
-    lines = [f"**{title}**", "", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([*lines, *(["", note] if note else [])])
-
-
-def _inputs(measured: Measured, here: list[Model], price: float) -> str:
-    rows = []
-    for model in here:
-        taken = model.name in measured.forward
-        source = "the files given" if taken else FORWARD[model.name][1]
-        rows.append([f"{model.name}: a prediction on one GPU", f"{model.forward:.2f} s m", source])
-        if model.beside:
-            seen = (model.name, 2) in measured.sequence
-            source = (
-                "two GPUs measured, less half of one and the sending" if seen else "as much a byte as the other model"
-            )
-            what = f"{model.name}: packing, grouping and waiting, all ranks together"
-            rows.append([what, f"{model.beside:.2f} s c", source])
-    for vae, (seconds, source) in DECODE.items():
-        taken = (vae, 1) in measured.decode
-        value = measured.decode.get((vae, 1), seconds)
-        rows.append([f"decode, VAE {vae}, on one GPU", f"{value:.1f} s m", "the files given" if taken else source])
-        rows.append([f"of it the middle stage, VAE {vae}", f"{100 * MIDDLE[vae]:.0f} % c", "`benchmarks/README.md`"])
-    rows.append(["writing 81 frames as H.264, 16 cores", f"{WRITE[0]} s m", WRITE[1]])
-    if measured.bandwidth:
-        rows.append(["all-to-all, each way, of a card", f"{measured.bandwidth / 1e9:.0f} GB/s m", "the files given"])
-    for name, speed in LINKS.items():
-        rows.append([f"{name}, each way, of a card", f"{speed / 1e9:.0f} GB/s a", "stated by its makers"])
-    rows.append(["a GPU's hour", f"{price:.2f} $ a", "assumed: put your own by `--price`"])
-    rows.append(["steps, with guidance", f"{STEPS}", "the released setting"])
-    cards = f" Cards of the files given: {', '.join(measured.cards)}." if measured.cards else ""
-    note = "m: measured. c: computed by the model of `t3/scaling.py` from what was measured. a: assumed." + cards
-    return _table("What the figures rest on", ["", "value", "from"], rows, note)
-
-
-def _moved(model: Model, measured: Measured) -> str:
-    links = dict(LINKS)
-    if measured.bandwidth:
-        links = {"as measured": measured.bandwidth} | links
-    rows = []
-    for ranks in model.degrees[1:]:
-        sent = layer_bytes(model, ranks)
-        times = [f"{1000 * sent / speed:.1f} c" for speed in links.values()]
-        rows.append(
-            [
-                f"{ranks}",
-                f"{tensor_bytes(model, ranks) / 1e9:.3f} c",
-                f"{sent / 1e9:.2f} c",
-                f"{model.layers * sent / 1e9:.0f} c",
-                *times,
-                f"{1000 * model.layer / ranks:.1f} c",
-                f"{enough_bandwidth(model, ranks) / 1e9:.0f} c",
-            ]
-        )
-    heads = ["ranks", "GB a tensor", "GB a layer", "GB a prediction"]
-    heads += [f"ms a layer, {name}" for name in links] + ["ms a layer, computing", "GB/s where both are equal"]
-    title = (
-        f"{model.name}: sent by each rank ({EXCHANGES} tensors a layer, {model.tokens:,} tokens of {model.width} "
-        f"numbers, {model.heads} heads)"
-    )
-    return _table(title, heads, rows)
-
-
-def _forwards(model: Model, measured: Measured) -> str:
-    rows = []
-    fast, slow = measured.bandwidth or LINKS["NVLink 4"], LINKS["PCIe 5 x16"]
-    for ranks in model.degrees[1:]:
-        times = [forward(model, ranks, speed) for speed in (fast, slow)]
-        cells = [f"{seconds:.2f} s, {model.forward / seconds:.2f} c" for seconds in times]
-        seen = measured.sequence.get((model.name, ranks))
-        rows.append([f"{ranks}", *cells, f"{seen:.2f} s, {model.forward / seen:.2f} m" if seen else ""])
-    link = "all-to-all as measured" if measured.bandwidth else "NVLink 4"
-    pairs = [
-        f"{2 * model.forward / seconds:.2f} times one GPU on {ranks}"
-        for (name, ranks), seconds in measured.guidance.items()
-        if name == model.name
-    ]
-    return _table(
-        f"{model.name}: a prediction, seconds and times one GPU, tokens over ranks",
-        ["ranks", link, "PCIe 5", "measured"],
-        rows,
-        f"Of the time with guidance over two ranks, measured: {', '.join(pairs) or 'not yet'}.",
-    )
-
-
-def _vaes(measured: Measured) -> str:
-    rows = []
-    for vae in DECODE:
-        one, _ = decode_seconds(vae, 1, measured)
-        for ranks in (2, 3, 4, 8, 24):
-            decode, encode = _shares(vae, ranks)
-            frames, all_frames = _longest_frames(ranks)
-            computed, _ = decode_seconds(vae, ranks, replace(measured, decode={(vae, 1): one}))
-            seen, seen_encode = measured.decode.get((vae, ranks)), measured.encode.get((vae, ranks))
-            one_encode = measured.encode.get((vae, 1))
-            rows.append(
-                [
-                    vae,
-                    f"{ranks}",
-                    f"{frames} of {all_frames} c",
-                    f"{decode:.4f} c",
-                    f"{computed:.1f} s, {one / computed:.2f} c",
-                    f"{seen:.1f} s, {one / seen:.2f} m" if seen else "",
-                    f"{encode:.4f} c",
-                    f"{seen_encode:.1f} s, {one_encode / seen_encode:.2f} m" if seen_encode and one_encode else "",
-                ]
-            )
-    heads = ["VAE", "ranks", "latent frames of the longest share", "of one rank's tiles, the busiest"]
-    heads += ["decode, times one GPU", "measured", "of one rank's tiles in an encode", "encode, measured"]
-    return _table(
-        "Decode and encode at 4K, 81 frames: what the busiest rank has to do",
-        heads,
-        rows,
-        f"Tiles are chosen within {KEPT // GIB} GiB (assumed).",
-    )
-
-
-def clips(model: Model, measured: Measured) -> list[tuple[str, Clip, str]]:
-    """Teams from one GPU to as many as can share a clip: how, times, and what of the decode was measured."""
-    vae = CONFIGS[model.name][1]
-    speed = measured.bandwidth or LINKS["NVLink 4"]
-    found = []
-    for gpus in (1, 2, 4, 8, 12, 24, 48):
-        ways = [(2, gpus // 2)] if gpus > 1 else [(1, 1)]
-        ways += [(1, gpus)] if gpus > 1 else []
-        legal = [(guidance, ranks) for guidance, ranks in ways if ranks in model.degrees]
-        if not legal:
-            continue
-        guidance, ranks = min(legal, key=lambda way: step(model, way[0], way[1], speed))
-        decode, status = decode_seconds(vae, gpus, measured)
-        sampling = STEPS * step(model, guidance, ranks, speed)
-        how = " x ".join(f"{name} {n}" for name, n in (("guidance", guidance), ("sequence", ranks)) if n > 1)
-        found.append((how or "one GPU", Clip(gpus, sampling, decode, WRITE[0]), status))
-    return found
-
-
-def _clips(model: Model, measured: Measured, price: float) -> str:
-    rows = []
-    for how, clip, status in clips(model, measured):
-        rows.append(
-            [
-                f"{clip.gpus}",
-                how,
-                f"{clip.sampling:.0f} c",
-                f"{clip.decode:.1f} {status}",
-                f"{clip.write:.1f} m",
-                f"{clip.seconds:.0f} c",
-                f"{clip.gpu_seconds:.0f} c",
-                f"{clip.cost(price):.2f} c",
-                f"{clip.per_hour(8):.0f} c" if clip.gpus <= 8 else "",
-                f"{clip.per_hour(RACK):.0f} c",
-            ]
-        )
-    heads = ["GPUs a clip", "split", "sampling, s", "decode, s", "writing, s", "a clip, s", "GPU seconds", "$ a clip"]
-    return _table(
-        f"{model.name}: a 4K clip of 81 frames, {STEPS} steps with guidance",
-        [*heads, "clips an hour on 8 GPUs", f"on {RACK}"],
-        rows,
-    )
-
-
-def _batch(measured: Measured) -> str:
-    one = measured.batch.get(1)
-    rows = [
-        [f"{gpus}", f"{rate:.0f} m", f"{rate / one:.2f} m" if one else ""]
-        for gpus, rate in sorted(measured.batch.items())
-    ]
-    title = f"1.3b: a prompt file, a clip each (`--split data=N`): {measured.batch_how}, 4K"
-    return _table(title, ["GPUs", "clips an hour", "times one GPU"], rows)
-
-
-def _serving(here: list[Model], measured: Measured) -> str:
-    rows = []
-    for model in here:
-        for how, clip, _ in clips(model, measured):
-            if clip.gpus not in (1, 8):
-                continue
-            for per_hour in (100, 1000, 10000):
-                wait = clip.seconds / 4
-                teams = servers_needed(per_hour, clip.seconds, wait, MOST_BUSY)
-                load = per_hour / 3600 * clip.seconds
-                rows.append(
-                    [
-                        model.name,
-                        f"{per_hour:,}",
-                        f"{clip.gpus} ({how})",
-                        f"{teams * clip.gpus:,} c",
-                        f"{100 * load / teams:.0f} % c",
-                        f"{mean_wait(teams, load, clip.seconds):.0f} c",
-                        f"{clip.seconds + mean_wait(teams, load, clip.seconds):.0f} c",
-                    ]
-                )
-    heads = ["model", "clips asked for an hour", "GPUs a clip", "GPUs in all", "busy", "mean wait, s", "to the file, s"]
-    return _table(
-        "GPUs for so many clips an hour, where a request waits a quarter of a clip's time at most, on average",
-        heads,
-        rows,
-        f"Requests come at random (Poisson), all take the same time, and no GPU is to be busy for more than "
-        f"{100 * MOST_BUSY:.0f} % of its time (all assumed).",
-    )
-
-
-def put_into(file: Path, text: str) -> None:
-    """Replace what stands between the two marks of a document. Raises T3Error where they are not there."""
-    try:
-        before = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise T3Error(f"{file} cannot be read: {error.strerror}.") from None
-    head, begin, rest = before.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise T3Error(f"{file} has no place for the figures: put the lines {BEGIN} and {END} where they belong.")
-    file.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}", encoding="utf-8")
