@@ -82,6 +82,20 @@ def test(python: Path, arguments: list[str]) -> int:
     return max(codes)
 
 
+def hand_over(command: list[str]) -> int:
+    """Run a command in place of this process, so that Ctrl-C and a request to end reach it, and nothing cuts short
+    what it has to put away."""
+    if os.name != "nt":
+        sys.stdout.flush()
+        os.execv(command[0], command)
+    with subprocess.Popen(command) as process:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                pass  # the command has it too, and ends in its own time
+
+
 def main() -> int:
     if sys.version_info < (3, 10):
         print(f"Python 3.10 or newer is needed; this is {sys.version.split()[0]}.", file=sys.stderr)
@@ -97,7 +111,7 @@ def main() -> int:
         return 1
     if command == "test":
         return test(python, arguments)
-    return subprocess.run([python, "-m", f"t3.{command}", *arguments]).returncode
+    return hand_over([str(python), "-m", f"t3.{command}", *arguments])
 
 
 if __name__ == "__main__":

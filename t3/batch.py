@@ -62,14 +62,16 @@ class Batch:
         """What became of all clips: a result for each that is settled; the names of those in other hands.
 
         results: of all ranks. A clip that failed on one and was made on another is made. Of what other processes made
-        it is known that it is there; what nobody holds and is not there has failed elsewhere.
+        of a prompt file it is known that it is there; what nobody holds and is not there has failed elsewhere.
         """
         found = {result["name"]: result for result in sorted(results, key=lambda result: result["status"] == "done")}
         clips, elsewhere = [], []
         for job in self.jobs:
-            if job.name in found and (found[job.name]["status"] == "done" or not self.is_finished(job)):
+            # A file where one prompt's clip was to be may be anybody's.
+            made_elsewhere = self._claimed and self.is_finished(job)
+            if job.name in found and (found[job.name]["status"] == "done" or not made_elsewhere):
                 clips.append(found[job.name])
-            elif self.is_finished(job):
+            elif made_elsewhere:
                 clips.append({"name": job.name, "status": "done", "by": "another process", **_files(job)})
             elif self._claimed and claim_path(_output(job)).exists():
                 elsewhere.append(job.name)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .sources import Sources
 
 
+_MOST_16 = 65535
 _GIVE_FIRST = 'Name one: "image" in a prompt file, or --image in t3.generate.'
 _GIVE_LAST = 'Name one: "last_image" in a prompt file, or --last-image in t3.generate.'
 
@@ -25,12 +26,24 @@ def load_image(path: Path, height: int, width: int) -> Image.Image:
 
     try:
         with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
+            upright = _eight_bit(ImageOps.exif_transpose(image), path).convert("RGB")
     except FileNotFoundError:
         raise T3Error(f"the image {path} does not exist.") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL raises SyntaxError for broken PNGs
         raise T3Error(f"{path} cannot be read as an image: {error}.") from None
     return ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS)
+
+
+def _eight_bit(image: Image.Image, path: Path) -> Image.Image:
+    """Grey images of 16 bits in 8, which `convert` would cut off at 255. Raises `T3Error` for wider numbers."""
+    if image.mode.startswith("I;16"):
+        image = image.convert("I")
+    if image.mode not in ("I", "F"):
+        return image
+    _, most = image.getextrema()
+    if image.mode == "F" or not isinstance(most, (int, float)) or most > _MOST_16:
+        raise T3Error(f"{path} has pixels of 32 bits, whose range is not known. Save it with 8 or 16 bits.")
+    return image.point(lambda value: value / 257).convert("L")
 
 
 def check_images(clips: Iterable[tuple[str, Clip]], sources: Sources) -> None:

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -219,14 +220,21 @@ def _run(
         return _help(engine, job, watch, team)
     from .latents import save_latents
 
-    metadata = {"t3": {**settings, **_plain(asdict(job.clip)), "fps": args.fps}}
+    metadata = {"t3": {**settings, **_plain(asdict(job.clip)), **_image_marks(job.clip), "fps": args.fps}}
     # Until the clip is written its latents are on disk: whatever happens to the decode, the sampling is not lost.
     stored = job.latents or _rescue_path(job, metadata)
     latents = None if args.overwrite else _stored_latents(stored, metadata)
+    if latents is None and job.latents and not args.overwrite and job.latents.exists():
+        raise T3Error(
+            f"{job.latents} holds latents of other settings. Nothing was sampled: decode them (python -m t3.decode), "
+            "name another --latents-out, or replace them with --overwrite."
+        )
     team.share(latents is None)
     if latents is None:
         with watch.stage("sample"):
             latents = engine.sample(job.clip)
+        if not job.latents:
+            stored = _rescue_path(job, metadata)  # another process may have taken the name meanwhile
         save_latents(stored, latents, metadata=metadata, overwrite=args.overwrite)
     else:
         say(f"{job.name}: sampled before with the same settings; using {stored}")
@@ -289,8 +297,19 @@ def _holds(path: Path, metadata: dict[str, Any]) -> bool:
     from .latents import load_latents
 
     with contextlib.suppress(T3Error):
-        return load_latents(path)[1].get("t3") == metadata["t3"]
+        return _sampling(load_latents(path)[1].get("t3")) == _sampling(metadata["t3"])
     return False
+
+
+def _sampling(facts: Any) -> Any:
+    """Of what is known of a clip that which its latents depend on."""
+    return {key: value for key, value in facts.items() if key != "fps"} if isinstance(facts, dict) else facts
+
+
+def _image_marks(clip: Clip) -> dict[str, str]:
+    """What the clip's images are, not only where."""
+    images = {"image": clip.image, "last_image": clip.last_image}
+    return {f"{name}_sha256": sha256(path.read_bytes()).hexdigest() for name, path in images.items() if path}
 
 
 def _stored_latents(path: Path, metadata: dict[str, Any]):

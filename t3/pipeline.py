@@ -97,7 +97,13 @@ class Engine:
         share = None if compiled or options.offload == "group" else ways[0] if memory == FAST else ways[-1]
         tokens = grid.tokens if spread is None else max(spread.shares(grid.tokens))
         activations = activation_bytes(shape, tokens, element=compute.itemsize, share=share)
-        _place(pipe, device, options.offload, weights + activations, say)
+        try:
+            _place(pipe, device, options.offload, weights + activations, say)
+        except torch.OutOfMemoryError as error:
+            raise T3Error(
+                f"the model does not fit in what is free on {device}: {str(error).splitlines()[0]} Try --offload model "
+                "or group, or --dtype fp8."
+            ) from None
         return engine
 
     @property
@@ -138,6 +144,8 @@ class Engine:
             output_type="latent",
             **image_arguments,
         )
+        if pipe is not self.pipe:
+            self.pipe.maybe_free_model_hooks()  # as a pipeline does after itself: `pipe` has the parts, not the hooks
         mean, std = (_statistics(self.vae, name) for name in ("latents_mean", "latents_std"))
         latents = out.frames.to("cpu", torch.float32) * std + mean
         bad = int((~torch.isfinite(latents)).sum())
@@ -307,7 +315,8 @@ def _label_progress(pipe: Any) -> None:
     pipe.set_progress_bar_config(desc="sampling", unit="step")
 
 
-def _place(pipe: Any, device: torch.device, offload: str, needed: int, say: Say) -> None:
+def _place(pipe: Any, device: torch.device, offload: str, sampling: int, say: Say) -> None:
+    """Put the parts where they are to be; `sampling`: bytes of the transformer and its activations."""
     if device.type == "cpu":
         if offload not in ("auto", "none"):
             say(f"--offload {offload} does nothing on a CPU.")
@@ -316,11 +325,12 @@ def _place(pipe: Any, device: torch.device, offload: str, needed: int, say: Say)
         offload = "none"
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
-            if needed > 0.8 * free:
+            beside = sum(_bytes(getattr(pipe, name, None)) for name in ("text_encoder", "image_encoder", "vae"))
+            if sampling + beside > 0.8 * free:
                 offload = "model"
             say(
-                f"offload {offload}: the transformer and its activations need about {needed / 2**30:.1f} GiB of "
-                f"{free / 2**30:.1f} free."
+                f"offload {offload}: the transformer and its activations need about {sampling / 2**30:.1f} GiB, the "
+                f"other parts {beside / 2**30:.1f}, of {free / 2**30:.1f} free."
             )
     if offload == "model":
         pipe.enable_model_cpu_offload(device=device)
@@ -328,6 +338,10 @@ def _place(pipe: Any, device: torch.device, offload: str, needed: int, say: Say)
         pipe.enable_group_offload(onload_device=device, offload_type="leaf_level", use_stream=device.type == "cuda")
     else:
         pipe.to(device)
+
+
+def _bytes(module: torch.nn.Module | None) -> int:
+    return 0 if module is None else sum(x.nbytes for x in (*module.parameters(), *module.buffers()))
 
 
 def _statistics(vae: AutoencoderKLWan, name: str) -> torch.Tensor:

@@ -98,7 +98,8 @@ def fact_lines(facts: dict[str, Any]) -> list[str]:
     lines.append(
         f"memory     {memory['transformer'] / 2**30:.1f} GiB of transformer weights and about "
         f"{memory['activations'] / 2**30:.1f} GiB of activations in {memory['dtype']}, batch 1, or "
-        f"{memory['activations_lean'] / 2**30:.1f} GiB with --memory lean; text encoder and VAE come and go beside them"
+        f"{memory['activations_lean'] / 2**30:.1f} GiB with --memory lean; text encoder and VAE beside them, or in "
+        "turn with --offload model"
     )
     if facts["split"]["ranks"] > 1:
         lines.append(split_line(facts["split"]))

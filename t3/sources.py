@@ -261,7 +261,12 @@ def _from_embedded() -> dict[str, Any]:
 def _from_hub(hub_id: str) -> dict[str, Any]:
     cached = _cached(hub_id)
     if cached:
-        return {**_from_folder(cached), "hub_id": hub_id, "name": hub_id}
+        try:
+            return {**_from_folder(cached), "hub_id": hub_id, "name": hub_id}
+        except T3Error as error:
+            # A download that was interrupted is taken up again once there is work to do.
+            if hub_id not in HUB:
+                raise T3Error(f"{error} If its download was interrupted: hf download {hub_id}.") from None
     if hub_id not in HUB:
         raise T3Error(
             f"{hub_id} is not in the local cache and not one of the ids known here ({', '.join(HUB)}). "

@@ -91,6 +91,15 @@ def test_the_outcome_counts_every_clip_once(tmp_path):
     held.release()
 
 
+def test_a_file_where_one_prompt_s_clip_was_to_be_is_not_that_clip(tmp_path):
+    """Without a prompt file there is nobody else who would make the same."""
+    (job,) = jobs_in(tmp_path, "a")
+    job.out.touch()
+    failed = {"name": "a", "status": "failed", "error": "exists already"}
+    assert Batch([job], argparse.Namespace(prompts=None, overwrite=False)).outcome([failed]) == ([failed], [])
+    assert batch_of([job]).outcome([failed])[0][0]["by"] == "another process"
+
+
 @pytest.mark.parametrize("decoded", [True, False])
 def test_a_claim_that_a_killed_process_left_on_a_finished_clip_goes_when_the_command_is_run_again(tmp_path, decoded):
     (tmp_path / "list.txt").write_text("one\ntwo\nthree\n")

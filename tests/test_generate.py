@@ -13,6 +13,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from generate_runs import TINY, files, frames_of, run
 from safetensors.torch import load_file, save_file
 from small_models import build_like_embedded
 
@@ -20,7 +21,6 @@ from t3 import decode, embedded, generate, jobs, pipeline
 from t3.latents import load_latents
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ["--height", "64", "--width", "96", "--frames", "5", "--steps", "2", "--cfg", "1"]
 HUB = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 
 
@@ -43,25 +43,6 @@ def here(tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.chdir(folder)
     return folder
-
-
-def run(capsys, *arguments, main=generate.main):
-    """Exit status, the JSON on standard output (None if there is none), and standard error."""
-    try:
-        status = main([str(a) for a in arguments])
-    except SystemExit as stop:  # argparse
-        status = stop.code
-    out, err = capsys.readouterr()
-    return status, json.loads(out) if out.strip().startswith("{") else None, err
-
-
-def frames_of(path):
-    with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-
-
-def files(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
 def test_a_model_and_a_prompt_make_a_playable_clip(capsys, here, tiny):
@@ -366,39 +347,6 @@ def test_a_damaged_folder_is_named(capsys, here, tiny_model):
     status, _, err = run(capsys, *TINY, "--model", here / "m", "--prompt", "x", "--out", "a.mp4")
     assert status == 2 and "config.json is missing" in err
     assert not (here / "a.mp4").exists()
-
-
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), torch.OutOfMemoryError("too big")])
-def test_a_failed_decode_keeps_the_sampling(capsys, here, tiny, tiny_model, monkeypatch, error):
-    def fail(*args, **kwargs):
-        raise error
-
-    monkeypatch.setattr(jobs, "_frames", fail)
-    arguments = [*tiny, "--out", "clip.mp4", "--json"]
-    status, result, err = run(capsys, *arguments)
-    assert status == 1 and result["clips"][0]["status"] == "failed"
-    assert files(here) == ["clip.latent"]
-    assert "not lost" in err and "t3.decode" in err
-    latents = load_latents("clip.latent")[0]
-    monkeypatch.undo()
-    monkeypatch.chdir(here)
-    assert run(capsys, "clip.latent", "--vae", tiny_model, "--out", "later.mp4", main=decode.main)[0] == 0
-    # The same command again takes the latents up instead of sampling again.
-    status, result, err = run(capsys, *arguments)
-    assert status == 0 and "sampled before" in err and "sample" not in result["seconds"]
-    assert files(here) == ["clip.mp4", "later.mp4"]
-    assert np.array_equal(frames_of("clip.mp4").shape, frames_of("later.mp4").shape)
-    assert latents.shape == (1, 16, 2, 8, 12)
-
-
-def test_other_settings_do_not_take_over_kept_latents(capsys, here, tiny, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(jobs, "_frames", lambda *a: (_ for _ in ()).throw(OSError("disk")))
-        run(capsys, *tiny, "--out", "clip.mp4", "--seed", 1)
-    kept = (here / "clip.latent").read_bytes()
-    status, result, _ = run(capsys, *tiny, "--out", "clip.mp4", "--seed", 2, "--json")
-    assert status == 0 and "sample" in result["seconds"]
-    assert (here / "clip.latent").read_bytes() == kept
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")

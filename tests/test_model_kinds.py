@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import WanPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_models import build
@@ -136,6 +137,14 @@ def test_what_a_model_cannot_do_is_said(capsys, here, models, kind, more, words)
     err = capsys.readouterr().err
     assert status == 2 and re.search(words, err), err
     assert not Path("clip.mp4").exists()
+
+
+def test_a_clip_from_an_image_leaves_nothing_on_the_card_under_offload(capsys, here, models, monkeypatch):
+    """5B: the pipeline that takes the image shares its parts with the one whose hooks move them, which is told."""
+    told = []
+    monkeypatch.setattr(WanPipeline, "maybe_free_model_hooks", lambda self: told.append(type(self).__name__))
+    sample(capsys, models("ti2v-5b"), "--image", "start.png")
+    assert told == ["WanPipeline"]
 
 
 def test_the_vae_of_another_family_is_refused(capsys, here, models):

@@ -1,0 +1,28 @@
+"""Models named by hub id, with a cache that an interrupted download left half filled."""
+
+import pytest
+
+from t3 import sources
+from t3.errors import T3Error
+from t3.sources import find_sources
+
+KNOWN, UNKNOWN = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "someone/a-fine-tune"
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """The cache's folder, which holds the index and nothing else."""
+    (tmp_path / "model_index.json").write_text("{}")
+    monkeypatch.setattr(sources, "_cached", lambda hub_id: tmp_path)
+    return tmp_path
+
+
+def test_a_download_that_was_interrupted_is_taken_up_again(cached):
+    found = find_sources(model=KNOWN)
+    assert found.folder is None and found.hub_id == KNOWN
+    assert found.transformer["num_layers"] == 30
+
+
+def test_of_an_unknown_model_it_is_said_how(cached):
+    with pytest.raises(T3Error, match=f"If its download was interrupted: hf download {UNKNOWN}"):
+        find_sources(model=UNKNOWN)
