@@ -148,6 +148,28 @@ def test_a_dry_run_estimates_and_leaves_nothing(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_the_estimate_of_a_stage_counts_the_clips_that_it_draws(tmp_path, capsys):
+    """A stage of small clips with a dense teacher, beside large ones for a stage without."""
+    write_model(tmp_path / "model")
+    write_clips(tmp_path / "small")
+    write_clips(tmp_path / "large", shape=(16, 2, 24, 32))
+    stages = [
+        {"name": "teach", "steps": 2, "attention": 1.0, "flow": 0.0, "mix": {"small": 1.0}},
+        {"name": "tune", "steps": 2, "mix": {"large": 1.0}},
+    ]
+    assert main([write_config(tmp_path, sets=("small", "large"), stages=stages), "--dry-run"]) == 0
+    both = capsys.readouterr().out
+    assert main([write_config(tmp_path, sets=("small",), stages=stages[:1]), "--dry-run"]) == 0
+    alone = capsys.readouterr().out
+
+    def work(said):
+        return next(line for line in said.splitlines() if "stage teach" in line)
+
+    assert work(both) == work(alone)
+    memory = next(line for line in both.splitlines() if line.startswith("memory"))
+    assert "2 x 12 x 16 tokens" in memory and "layer inputs" not in memory
+
+
 def test_the_estimate_counts_what_a_run_holds(tmp_path):
     from t3.cost import ModelShape
     from t3.plan import Grid
@@ -157,7 +179,8 @@ def test_the_estimate_counts_what_a_run_holds(tmp_path):
     shape = ModelShape(layers=3, dim=8, ffn_dim=16, heads=2)
 
     def parts(**tables):
-        return memory(parse_config(config_text(tmp_path, **tables)), shape, 1000, 100, Grid(1, 2, 2))
+        config = parse_config(config_text(tmp_path, **tables))
+        return memory(config, config.stages[0], shape, 1000, 100, Grid(1, 2, 2))
 
     full = parts(train={"precision": "bf16"})
     assert (full["weights"], full["gradients"], full["optimiser"], full["average"]) == (4000, 400, 800, 400)
@@ -169,8 +192,9 @@ def test_the_estimate_counts_what_a_run_holds(tmp_path):
     # Two VACE blocks beside three: each holds what a block holds, and adds to a layer.
     control = dataclasses.replace(shape, control_layers=(0, 2))
     config = parse_config(config_text(tmp_path))
-    assert memory(config, control, 1000, 100, Grid(1, 2, 2))["activations"] == 5 / 3 * parts()["activations"]
+    of_vace = memory(config, config.stages[0], control, 1000, 100, Grid(1, 2, 2))
+    assert of_vace["activations"] == 5 / 3 * parts()["activations"]
     per_token = Conditioning("ti2v", (("none", 0.5), ("first", 0.5)), 48)
     # 2 clips of 4 tokens, 8 wide: six modulations in float32, once and in each of three blocks.
-    found = memory(config, shape, 1000, 100, Grid(1, 2, 2), per_token)["timesteps of each token"]
+    found = memory(config, config.stages[0], shape, 1000, 100, Grid(1, 2, 2), per_token)["timesteps of each token"]
     assert found == 2 * 4 * 8 * 6 * 4 * (1 + 3)

@@ -1,5 +1,6 @@
 """Two processes against one at the same global batch."""
 
+import json
 import os
 import socket
 import subprocess
@@ -57,6 +58,46 @@ def test_processes_that_share_the_weights_go_on_bit_for_bit(tmp_path):
     worker = _start(2, str(Path(__file__).with_name("retrofit_sharded.py")), str(tmp_path))
     output, _ = worker.communicate(timeout=300)
     assert worker.returncode == 0, output
+
+
+# The second process takes long to write, the first to sample. What steps are told of the stage's progress is noted.
+UNEVEN = """
+import json, os, sys, time
+from pathlib import Path
+from t3.retrofit import finish, samples
+from t3.retrofit.command import main
+from t3.retrofit.loop import Loop
+
+rank, folder = int(os.environ["RANK"]), Path(sys.argv[1])
+reserve, step, told = finish.Finish.reserve, Loop.take_step, []
+
+def noted(self, stage, done):
+    told.append(done)
+    (folder / f"{rank}.json").write_text(json.dumps(told))
+    step(self, stage, done)
+
+finish.Finish.reserve, Loop.take_step = lambda self: reserve(self) + rank, noted
+finish._sampler = lambda session: object() if session.main else None
+samples.sample = lambda *_: time.sleep(0.5)
+main([sys.argv[2]])
+"""
+
+
+@pytest.mark.slow
+def test_processes_of_different_speed_take_the_same_steps(tmp_path):
+    """Bounded by time: what one process alone has measured changes neither a learning rate nor the number of steps."""
+    write_model(tmp_path / "model")
+    write_clips(tmp_path / "clips")
+    (tmp_path / "uneven.py").write_text(UNEVEN)
+    stages = [{"name": "first", "steps": 1}, {"name": "timed", "steps": 0, "max_seconds": 8.0}]
+    samples = {"prompts": ["a dot"], "every": 4}
+    output = {"checkpoint_every": 0}
+    config = write_config(tmp_path, run="run", stages=stages, samples=samples, output=output)
+    worker = _start(2, str(tmp_path / "uneven.py"), str(tmp_path), config)
+    said, _ = worker.communicate(timeout=200)
+    assert worker.returncode == 0, said
+    one, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert one == other and len(one) > 4
 
 
 def _start(processes: int, *program: str) -> subprocess.Popen:

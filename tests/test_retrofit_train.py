@@ -4,8 +4,10 @@ import csv
 import errno
 import itertools
 import json
+import shutil
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -148,8 +150,29 @@ def test_a_run_whose_seconds_ended_before_its_first_step_says_so(run, capsys):
     assert "no step was taken" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
+class LikeBitsandbytes(torch.optim.Optimizer):
+    """Keeps what AdamW8bit keeps: a number of steps that is no tensor, tensors in a dictionary, one table for all."""
+
+    def __init__(self, groups, **settings):
+        super().__init__(groups, settings)
+        self.table = torch.linspace(-1, 1, 256)
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state |= {"step": 0, "kept": {"mean": torch.zeros_like(parameter), "table": self.table}}
+                state["step"] += 1
+                mean = state["kept"]["mean"].lerp_(parameter.grad, 0.1)
+                parameter.data -= group["lr"] * mean.sign() / state["step"]
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "attention", "8-bit"])
 def test_resume_equals_uninterrupted_bit_for_bit(run, kind, monkeypatch):
+    """Also from where only attention has had a gradient so far, and with what bitsandbytes' optimisers keep."""
     tables = {
         "train": {"accumulate": 2},
         "data": {"resident": "host"},
@@ -160,6 +183,12 @@ def test_resume_equals_uninterrupted_bit_for_bit(run, kind, monkeypatch):
     }
     if kind == "lora":
         tables["trainable"] = {"what": "lora", "rank": 2, "also": ["biases"]}
+    if kind == "attention":
+        tables["stages"] = [{"name": "first", "steps": 5, "flow": 0.0, "attention": 1.0}, {"name": "flow", "steps": 1}]
+    if kind == "8-bit":
+        tables["train"]["optimizer"] = "adamw-8bit"
+        monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace())
+        monkeypatch.setitem(sys.modules, "bitsandbytes.optim", SimpleNamespace(AdamW8bit=LikeBitsandbytes))
     assert run("whole", **tables)[0] == 0
     step = Loop.take_step
 
@@ -179,7 +208,7 @@ def test_resume_equals_uninterrupted_bit_for_bit(run, kind, monkeypatch):
         one, other = weights_of(whole, 6, name), weights_of(cut, 6, name)
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one), name
-    assert [row["step"] for row in rows(cut, "metrics")] == ["2", "4", "6"]
+    assert kind == "attention" or [row["step"] for row in rows(cut, "metrics")] == ["2", "4", "6"]
     states = [json.loads((f / "checkpoints" / "step-00000006" / "state.json").read_text()) for f in (whole, cut)]
     assert states[0]["feeder"] == states[1]["feeder"]
 
@@ -261,6 +290,35 @@ def test_a_damaged_checkpoint_is_named(run, capsys):
     (folder / "checkpoints" / "step-00000004" / "weights.safetensors").write_bytes(b"cut short")
     assert run("run", "--resume")[0] == 2
     assert "step-00000004 is damaged" in capsys.readouterr().err
+
+
+def test_what_is_no_number_does_not_push_out_a_good_checkpoint(run, capsys, monkeypatch):
+    """Losses are looked at now and then only; a checkpoint is, every time."""
+    step = Loop.take_step
+
+    def spoilt(self, stage, done):
+        step(self, stage, done)
+        if self.at.step == 3:
+            self.session.parameters[0].data.fill_(float("nan"))
+
+    monkeypatch.setattr(Loop, "take_step", spoilt)
+    output = {"checkpoint_every": 2, "log_every": 20, "keep": 1}
+    status, folder = run(schedule={"steps": 8}, output=output)
+    assert status == 2 and [path.name for path in checkpoint.listed(folder)] == ["step-00000002"]
+    said = capsys.readouterr().err
+    assert "weights are not finite after step 4" in said and "step-00000002 is from before" in said
+    assert not list(folder.glob("*.safetensors"))
+    monkeypatch.setattr(Loop, "take_step", step)
+    assert run("run", "--resume", schedule={"steps": 8}, output=output)[0] == 0
+
+
+def test_clips_that_came_meanwhile_are_not_gone_on_with(run, base, capsys):
+    shutil.copytree(base / "clips", base / "growing")
+    tables = {"data": {"holdout": 2}, "sets": ("growing",)}
+    assert run(**tables)[0] == 0
+    write_clips(base / "growing", 2, seed=9)
+    assert run("run", "--resume", **tables)[0] == 2
+    assert "growing changed since" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(run, capsys):

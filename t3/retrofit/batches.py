@@ -12,7 +12,7 @@ import torch
 
 from .conditioning import put
 from .config import Stage
-from .data import Clips, Order, Pool
+from .data import Clips, Order, Pool, drawn
 from .draws import QUERIES, generator, noise, noise_level, sample_draws
 from .objectives import Batch
 
@@ -87,7 +87,7 @@ class Feeder:
 
     def pools(self, stage: Stage) -> list[Pool]:
         """The pools that a stage draws from."""
-        return [pool for pool in self.order.pools if self.order.weight(pool, stage.mix) > 0]
+        return drawn(self.order.pools, stage.mix)
 
     def example(self, pool: Pool, stage: Stage) -> Batch:
         """A batch from this pool that is no part of the run."""

@@ -3,7 +3,7 @@
 checkpoints/step-00000500/
     weights.safetensors     what is trained, float32
     average.safetensors     its moving average, if there is one
-    optimizer.safetensors   the optimiser's state, `NAME|KIND`
+    optimizer.safetensors   the optimiser's state, named as `optimizer_state` says
     state.json              where the run is, and the config it belongs to
 """
 
@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from ..errors import T3Error
 from ..files import atomic_folder
+from . import optimizer_state
 from .ema import Average
 
 FOLDER = "checkpoints"
@@ -58,7 +59,7 @@ def collect(model: torch.nn.Module, optimizer: torch.optim.Optimizer, average: A
             parts["average"] = weights(model)
     # The first process alone gets it.
     states: Any = get_optimizer_state_dict(model, optimizer, options=_FULL).get("state", {})
-    parts["optimizer"] = {f"{name}|{kind}": value for name, kinds in states.items() for kind, value in kinds.items()}
+    parts["optimizer"] = optimizer_state.flatten(states)
     return parts
 
 
@@ -101,16 +102,17 @@ def load(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
         parts = {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
     except (OSError, SafetensorError) as error:
         raise damaged(folder, error) from None
-    states: dict[str, Any] = {}
-    for key, value in parts["optimizer"].items():
-        name, _, kind = key.rpartition("|")
-        states.setdefault(name, {})[kind] = value
+    states: dict[str, Any] = optimizer_state.restore(parts["optimizer"])
     if average is not None:
         _put(model, parts["average"])
         average.swap()
     _put(model, parts["weights"])
     groups = get_optimizer_state_dict(model, optimizer, options=_SPREAD)["param_groups"]
     set_optimizer_state_dict(model, optimizer, {"state": states, "param_groups": groups}, options=_SPREAD)
+    # To have a place for every state torch takes a step of nothing. What had no gradient yet has none to count.
+    for name, parameter in model.named_parameters():
+        if name.removeprefix("module.") not in states:
+            optimizer.state.pop(parameter, None)
 
 
 def _put(model: torch.nn.Module, tensors: Tensors) -> None:

@@ -172,8 +172,8 @@ class Stage:
 class Validation:
     """`[validation]`: loss on held-out clips, at step 0, every `every` steps and at the end; 0 is at the ends only.
 
-    clips: at most so many, 0 for all. levels: strata of noise; draws: levels each clip is measured at. shift 0 takes
-    the last stage's. Noise depends on `seed` and the clip alone, so that runs can be compared in pairs.
+    clips: at most so many, 0 for all. levels: strata of noise; draws: levels each clip is measured at; shift: of the
+    levels. Noise depends on `seed` and the clip alone, so that runs can be compared in pairs.
     """
 
     every: int = number(0, at_least=0)

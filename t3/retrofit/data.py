@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,9 @@ from .text import rows_for
 
 if TYPE_CHECKING:
     from .config import Data
+
+
+_RESIDENT = 0.25  # of the free memory, at most, for clips that wait on the device
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,8 @@ def pad_text(text: torch.Tensor, tokens: int) -> torch.Tensor:
 @dataclass
 class Clips:
     """All that a run learns from: `pools` to train on, `held_out` to measure on, the empty caption's embedding, how
-    the model is told of images, and to how many rows texts are padded (see `text.py`)."""
+    the model is told of images, to how many rows texts are padded (see `text.py`), and by folder a mark that changes
+    with what the data set holds."""
 
     pools: list[Pool]
     held_out: list[Reference]
@@ -117,6 +121,7 @@ class Clips:
     notes: list[str] = field(default_factory=list)
     conditioning: Conditioning = field(default_factory=Conditioning)
     rows: int = 512
+    marks: dict[str, str] = field(default_factory=dict)
 
     def held(self, number: int) -> dict[str, torch.Tensor]:
         """The tensors of a held-out clip, as `Reference.read` gives them."""
@@ -131,6 +136,20 @@ class Clips:
         return sum(pool.nbytes for pool in self.pools)
 
 
+def drawn(pools: Iterable[Pool], mix: Mapping[str, float]) -> list[Pool]:
+    """The pools that a stage with this `mix` (share of the batches by set; empty is all) takes clips from."""
+    return [pool for pool in pools if not mix or mix.get(pool.name, 0.0) > 0]
+
+
+def stay_on(asked: str, nbytes: int, device: torch.device) -> bool:
+    """Whether clips of so many bytes wait on the training device; asked: `[data] resident`."""
+    if asked != "auto":
+        return asked == "device"
+    if device.type == "cuda":
+        return nbytes < _RESIDENT * torch.cuda.mem_get_info(device)[0]
+    return nbytes < 2**30
+
+
 def open_clips(data: Data, transformer: Mapping[str, Any], tokens: int) -> Clips:
     """Open every data set and check it against the model's config. No clip is read.
 
@@ -140,9 +159,10 @@ def open_clips(data: Data, transformer: Mapping[str, Any], tokens: int) -> Clips
     conditioning = Conditioning.of(transformer, data.conditions)
     pools: dict[tuple[str, tuple[int, ...]], Pool] = {}
     held_out: list[Reference] = []
-    empty, notes = None, []
+    empty, notes, marks = None, [], {}
     for entry in data.sets:
         references = _references(entry.folder, transformer, tokens, conditioning)
+        marks[entry.folder] = references[0].shards.fingerprint()
         if not data.validation and data.holdout:
             if data.holdout >= len(references):
                 raise T3Error(
@@ -161,7 +181,9 @@ def open_clips(data: Data, transformer: Mapping[str, Any], tokens: int) -> Clips
         if skipped:
             notes.append(f"{entry.folder}: {skipped} sources were skipped when it was encoded (see its index.json).")
     for folder in data.validation:
-        held_out += _references(folder, transformer, tokens, conditioning)
+        references = _references(folder, transformer, tokens, conditioning)
+        marks[folder] = references[0].shards.fingerprint()
+        held_out += references
     if data.caption_dropout and empty is None:
         raise T3Error(
             f"[data] caption_dropout is {data.caption_dropout}, but no data set holds the empty caption's embedding. "
@@ -174,7 +196,7 @@ def open_clips(data: Data, transformer: Mapping[str, Any], tokens: int) -> Clips
     for pool in pools.values():
         pool.tokens = rows
     padded = None if empty is None else pad_text(empty.to(torch.bfloat16), rows)
-    return Clips(list(pools.values()), held_out, padded, notes, conditioning, rows)
+    return Clips(list(pools.values()), held_out, padded, notes, conditioning, rows, marks)
 
 
 def _references(

@@ -14,7 +14,7 @@ from ..memory import GIB
 from ..plan import Grid, Partition
 from .conditioning import Conditioning
 from .config import Config, Stage
-from .data import Clips
+from .data import Clips, drawn, stay_on
 from .model import Found, check_grids
 from .model import describe as describe_model
 
@@ -41,15 +41,23 @@ def describe(config: Config, found: Found, clips: Clips) -> list[str]:
     )
     for pool in clips.pools:
         lines.append(f"           {pool.name}: {len(pool.clips)} of latents {' x '.join(map(str, pool.shape))}")
-    grids = {pool.shape: _grid(pool.shape, found) for pool in clips.pools}
-    largest = max(grids.values(), key=lambda grid: grid.tokens)
-    lines += _memory_lines(config, memory(config, shape, everything, trained, largest, clips.conditioning), largest)
-    if torch.cuda.is_available() and config.train.device != "cpu":
+    grids = {
+        stage.name: [_grid(pool.shape, found) for pool in drawn(clips.pools, stage.mix)] for stage in config.stages
+    }
+    card = torch.cuda.is_available() and config.train.device != "cpu"
+    kept = clips.nbytes if stay_on(config.data.resident, clips.nbytes, torch.device("cuda" if card else "cpu")) else 0
+    needs = []
+    for stage in config.stages:
+        largest = max(grids[stage.name], key=lambda grid: grid.tokens)
+        parts = memory(config, stage, shape, everything, trained, largest, clips.conditioning)
+        needs.append((sum(parts.values()), {**parts, "clips": float(kept)}, largest))
+    lines += _memory_lines(config, *max(needs, key=lambda need: need[0])[1:])
+    if card:
         free, total = torch.cuda.mem_get_info()
         lines.append(f"           this card has {free / GIB:.0f} of {total / GIB:.0f} GiB free")
     rate = matrix_rate(config)
     for stage in config.stages:
-        macs = max(step_macs(config, stage, shape, found, grid) for grid in grids.values())
+        macs = max(step_macs(config, stage, shape, found, grid) for grid in grids[stage.name])
         seconds = 2 * macs / (rate * SHARE)
         end = f"{stage.steps:,} steps" if stage.steps else "no number of steps"
         end += f" or {stage.max_seconds:g} s" if stage.max_seconds else ""
@@ -78,13 +86,14 @@ def trained_parameters(config: Config, found: Found) -> int:
 
 def memory(
     config: Config,
+    stage: Stage,
     shape: ModelShape,
     everything: int,
     trained: int,
     grid: Grid,
     conditioning: Conditioning | None = None,
 ) -> dict[str, float]:
-    """Bytes on one process's device, by what they are for, without FSDP."""
+    """Bytes on one process's device in a stage, by what they are for, without FSDP and clips that wait there."""
     train, full = config.train, config.trainable.what == "everything"
     compute = 2 if train.precision == "bf16" else 4
     tokens, batch = grid.tokens, train.batch
@@ -104,13 +113,13 @@ def memory(
     }
     if full and train.precision == "bf16":
         parts["bfloat16 copies of weights"] = 2.0 * everything
-    if any(stage.attention and stage.inputs == "teacher" for stage in config.stages):
+    if stage.attention and stage.inputs == "teacher":
         parts["the dense model's layer inputs"] = float(blocks * batch * tokens * shape.dim * compute)
     if conditioning is not None and conditioning.per_token:
         # Six modulations for each token: once for the model, and in float32 in every block whose activations are kept.
         of_blocks = 1 if train.gradient_checkpointing else blocks
         parts["timesteps of each token"] = 6.0 * batch * tokens * shape.dim * (compute + 4 * of_blocks)
-    if full and any(stage.teaches for stage in config.stages):
+    if full and any(one.teaches for one in config.stages):
         parts["the dense teacher"] = float(compute * everything)
     return parts
 

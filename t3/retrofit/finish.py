@@ -25,14 +25,16 @@ _LEAST = 2.0  # seconds
 class Finish:
     """The last acts of a run. `timed` measures them whenever they are done before."""
 
-    def __init__(self, session: Session, folder: Path, aside: Callable[[float], None]) -> None:
-        """`aside` is told how many seconds each of these acts took."""
+    def __init__(self, session: Session, folder: Path, aside: Callable[[float], None], words: Any = None) -> None:
+        """`aside` is told how many seconds each of these acts took. words: the group by which several processes wait
+        for each other."""
         self.session = session
         self.folder = folder
         self.sampler = _sampler(session)
         trained = sum(parameter.numel() for parameter in session.parameters)
         # Weights, average and two moments; then the result.
         self.aside = aside
+        self.words = words
         self.took = {"checkpoint": 16 * trained / _DISK, "write": 4 * trained / _DISK}
 
     @contextlib.contextmanager
@@ -83,16 +85,20 @@ class Finish:
         return path
 
     def sample(self, step: int) -> None:
-        """Sample the prompts of `[samples]`; a failure there is told and does not end the run."""
-        if self.sampler is None or not self.session.main:
+        """Sample the prompts of `[samples]`, on the first process while the others wait; a failure there is told and
+        does not end the run."""
+        if not self.session.config.samples.prompts:
             return
         from .samples import sample
 
         with self.timed("samples"):
-            try:
-                sample(self.session, self.sampler, self.folder / "samples" / f"step-{step:08}")
-            except (T3Error, OSError) as error:
-                self.session.say(f"step {step}: no samples: {error}")
+            if self.sampler is not None:
+                try:
+                    sample(self.session, self.sampler, self.folder / "samples" / f"step-{step:08}")
+                except (T3Error, OSError) as error:
+                    self.session.say(f"step {step}: no samples: {error}")
+            if self.words is not None:
+                torch.distributed.barrier(group=self.words)
 
 
 def _sampler(session: Session) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +35,14 @@ class Loop:
         self.folder = folder
         self.at = Progress(Clock(started))
         self.stepping = False
-        self.finish = Finish(session, folder, self._aside)
         self.unsaved: str | None = None
         self.stop = Stop()
         # Of the CPUs: a card would be waited for at every step, and what it runs next could not be queued meanwhile.
+        # Nor is there a limit to waiting: one process samples clips, which may take hours.
         several = session.accelerator.num_processes > 1
-        group = torch.distributed.new_group(backend="gloo") if several else None
+        group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30)) if several else None
         self.words = group if isinstance(group, torch.distributed.ProcessGroup) else None
+        self.finish = Finish(session, folder, self._aside, self.words)
         self.mean = torch.zeros((), device=session.accelerator.device)
         self.log = Log(session)
         self.curves: Curves | None = None
@@ -63,12 +66,14 @@ class Loop:
             "feeder": self.session.feeder.state(),
             "processes": self.session.accelerator.num_processes,
             "config": self.config.identity(),
+            "data": self.session.clips.marks,
         }
 
     def restore(self, folder: Path) -> None:
         """Go on from a checkpoint. Raises `T3Error` when it is damaged or of another run."""
         session, state = self.session, checkpoint.read_state(folder)
         check_same(state, self.config.identity(), session.accelerator.num_processes, folder)
+        check_data(state, session.clips.marks, folder)
         checkpoint.load(folder, session.objective, session.optimizer.optimizer, session.average)
         session.feeder.restore(state["feeder"])
         clock = Clock(self.at.clock.started, **state["clock"])
@@ -101,10 +106,10 @@ class Loop:
         last = at.stage == len(self.config.stages) - 1
         saved = at.step
         while stage.bounded:
-            clock, stop = self.agree()
+            clock, reserve, stop = self.agree()
             if stop:
                 return False
-            reserve = self.finish.reserve() if last else 0.0
+            reserve = reserve if last else 0.0
             if fraction(stage, at.stage_steps, clock, reserve) >= 1:
                 break
             self.take_step(stage, fraction(stage, at.stage_steps + 1, clock, reserve))
@@ -121,16 +126,17 @@ class Loop:
             self.save()
         return True
 
-    def agree(self) -> tuple[dict[str, float], bool]:
-        """The stage's clock, and whether to stop: the same on every process, so that none waits for another."""
-        clock, stop = self.at.clock, self.stop.asked
+    def agree(self) -> tuple[dict[str, float], float, bool]:
+        """The stage's clock, the seconds that the run's end will take, and whether to stop: the same on every process.
+        Where they differed, so would the learning rate, and one process would wait for another for ever."""
+        clock, reserve, stop = self.at.clock, self.finish.reserve(), self.stop.asked
         found = {"seconds": clock.seconds(), "training": clock.training(), "lost": clock.lost}
         if self.words is not None:
-            both = torch.tensor([*found.values(), float(stop)], dtype=torch.float64)
-            torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX, group=self.words)
-            *numbers, stop = both.tolist()
+            all_of_it = torch.tensor([*found.values(), reserve, float(stop)], dtype=torch.float64)
+            torch.distributed.all_reduce(all_of_it, torch.distributed.ReduceOp.MAX, group=self.words)
+            *numbers, reserve, stop = all_of_it.tolist()
             found = dict(zip(found, numbers, strict=True))
-        return found, bool(stop)
+        return found, reserve, bool(stop)
 
     def take_step(self, stage: Stage, done: float) -> None:
         """One step of the optimiser; `done` is the part of the stage that will then be over."""
@@ -187,11 +193,8 @@ class Loop:
     def write_log(self, stage: Stage) -> None:
         """Write the means since the last line. Raises `T3Error` when they are not finite."""
         row, pace = self.log.take()
-        if row["loss"] != row["loss"] or abs(row["loss"]) == float("inf"):
-            raise T3Error(
-                f"the loss is {row['loss']} after step {self.at.step}: training went astray. The last checkpoint is "
-                "from before. Lower lr, or raise warmup; with clip = 0, set clip = 1."
-            )
+        if not math.isfinite(row["loss"]):
+            raise self.astray(f"the loss is {row['loss']}")
         if self.curves is not None:
             place = {"step": self.at.step, "stage": stage.name, "clips": self.session.feeder.serial}
             self.curves.add("metrics", {**place, **self.at.all_seconds(), **row})
@@ -212,13 +215,27 @@ class Loop:
             numbers = ", ".join(f"{name} {value:.5f}" for name, value in found.summary.items())
             session.say(f"step {at.step}: held-out velocity error {numbers}")
 
+    def astray(self, what: str) -> T3Error:
+        """The error that ends a run whose numbers are none any more."""
+        kept = checkpoint.listed(self.folder)
+        before = f"{kept[-1]} is from before" if kept else "There is no checkpoint from before"
+        return T3Error(
+            f"{what} after step {self.at.step}: training went astray. {before}. Lower lr, or raise warmup; with "
+            "clip = 0, set clip = 1."
+        )
+
     def save(self) -> int:
-        """Write a checkpoint. Where the disk does not take it the former one stays, and the run goes on."""
+        """Write a checkpoint. Where the disk does not take it the former one stays, and the run goes on.
+
+        Raises `T3Error` where weights are not finite: that would push out the checkpoints that are.
+        """
         session, step = self.session, self.at.step
         with self.finish.timed("checkpoint"):
             parts = checkpoint.collect(session.objective, session.optimizer.optimizer, session.average)
             self.unsaved = None
             if session.main:
+                if not all(tensor.isfinite().all() for tensor in parts["weights"].values()):
+                    raise self.astray("weights are not finite")
                 try:
                     checkpoint.save(self.folder, step, parts, self.state(), self.config.output.keep)
                 except checkpoint.NotSaved as error:
@@ -272,6 +289,17 @@ class Loop:
             if self.config.output.png:
                 self.curves.draw()
             self.curves.close()
+
+
+def check_data(state: dict[str, Any], marks: dict[str, str], folder: Path) -> None:
+    """Raise `T3Error` where a data set holds other clips than when a checkpoint was written: it would go on with
+    others, and measure on some that it was trained on."""
+    changed = [name for name, mark in marks.items() if state["data"].get(name) != mark]
+    if changed:
+        raise T3Error(
+            f"{' and '.join(changed)} changed since {folder} was written: other clips would be trained on and "
+            "measured. Put it back as it was, or start a run of its own in another [output] folder."
+        )
 
 
 def check_same(state: dict[str, Any], identity: dict[str, Any], processes: int, folder: Path) -> None:

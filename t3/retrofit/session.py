@@ -16,7 +16,7 @@ from ..processor import compile_blocks
 from . import model
 from .batches import Feeder, Layout
 from .config import Config, Train
-from .data import Clips
+from .data import Clips, stay_on
 from .ema import Average
 from .model import Found
 from .objectives import Objective
@@ -27,7 +27,6 @@ from .text import logits, shorten
 from .trainable import make_trainable, trained
 
 COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_RESIDENT = 0.25  # of the free memory, at most, for clips that wait on the device
 
 
 @dataclass
@@ -146,7 +145,7 @@ def start(config: Config, found: Found, clips: Clips, accelerator: Accelerator) 
         caption_dropout=config.data.caption_dropout,
         patch=tuple(found.config["patch_size"]),
         device=accelerator.device,
-        resident=_resident(config.data.resident, clips.nbytes, accelerator.device),
+        resident=stay_on(config.data.resident, clips.nbytes, accelerator.device),
     )
     return Session(
         config, found, clips, accelerator, objective, optimizer, operator, parameters, average, feeder, before
@@ -164,14 +163,6 @@ def _compile(transformer: Any, config: Config, found: Found, sizes: int) -> None
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, ways)
     dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, ways)
-
-
-def _resident(asked: str, nbytes: int, device: torch.device) -> bool:
-    if asked != "auto":
-        return asked == "device"
-    if device.type == "cuda":
-        return nbytes < _RESIDENT * torch.cuda.mem_get_info(device)[0]
-    return nbytes < 2**30
 
 
 def make_optimizer(module: torch.nn.Module, train: Train) -> torch.optim.Optimizer:
