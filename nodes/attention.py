@@ -14,7 +14,8 @@ from ..t3.plan import PRESETS
 from . import wan
 from .forward_pass import Settings
 from .host_attention import chosen_by_user
-from .patch import install, plan_of_weights
+from .patch import install
+from .plan_of_weights import PlanOfWeights, note_on_mismatch, plan_of_weights
 from .types import T3PlanType
 from .verdict import verdict
 
@@ -86,7 +87,10 @@ class T3Attention(io.ComfyNode):
                     advanced=True,
                 ),
                 io.Boolean.Input(
-                    "verbose", default=False, tooltip="Log the windows of every layer as they are used.", advanced=True
+                    "verbose",
+                    default=False,
+                    tooltip="Log the windows of every layer, once for each layout of the video.",
+                    advanced=True,
                 ),
                 T3PlanType.Input(
                     "custom_plan",
@@ -113,8 +117,8 @@ class T3Attention(io.ComfyNode):
         _check_range(start_percent, end_percent)
         diffusion_model = model.get_model_object("diffusion_model")
         layers = len(wan.self_attentions(diffusion_model).windowed)
-        tuned = plan_of_weights(model)
-        chosen, reason = _plan(plan, custom_plan, tuned, diffusion_model)
+        weights = plan_of_weights(model)
+        chosen, reason = _plan(plan, custom_plan, weights, diffusion_model)
         settings = Settings(
             plan=chosen,
             backend=backend,
@@ -131,7 +135,7 @@ class T3Attention(io.ComfyNode):
         patched = model.clone()
         notes = install(patched, settings)
         options = patched.model_options.get("transformer_options", {})
-        notes += _about_weights(chosen, tuned)
+        notes += _about_weights(chosen, weights.tuned if weights else None)
         return io.NodeOutput(patched, _report(diffusion_model, settings, reason, layers, notes, options))
 
 
@@ -166,14 +170,15 @@ def parse_blocks(text: str | None, count: int | None) -> frozenset[int]:
     return frozenset(blocks)
 
 
-def _plan(name: str, custom: Plan | None, tuned: Plan | None, diffusion_model) -> tuple[Plan, str]:
-    """The plan to use, and why. `tuned`: the one the weights brought along."""
+def _plan(name: str, custom: Plan | None, weights: PlanOfWeights | None, diffusion_model) -> tuple[Plan, str]:
+    """The plan to use, and why. `weights`: what a node before says of them."""
     if custom is not None:
         return custom, "the connected plan"
     if name != "auto":
         return Plan.preset(name), "as chosen"
-    if tuned is not None:
-        return tuned, "the plan of the weights"
+    if weights is not None:
+        whose = "of the weights" if weights.chosen == weights.tuned else "connected to T3 LoRA Retrofit Loader"
+        return weights.chosen, f"the plan {whose}"
     channels = wan.latent_channels(diffusion_model)
     return Plan.for_latent_channels(channels), f"the released plan for models of {channels}-channel latents"
 
@@ -200,10 +205,10 @@ def _report(diffusion_model, settings: Settings, reason: str, layers: int, notes
 
 def _about_weights(plan: Plan, tuned: Plan | None) -> list[str]:
     """What is known of the weights that this plan needs."""
-    if plan in (PRESETS["dense"], tuned):
-        return []
     if tuned is not None:
-        return [f"The weights are tuned for plan {tuned.name}, another one: expect a worse picture, or noise."]
+        return note_on_mismatch(plan, tuned)
+    if plan == PRESETS["dense"]:
+        return []
     return [
         "Whether these weights are T3-tuned cannot be told from the file. If the video is noise, they are not: use "
         "the released T3 checkpoints, or plan dense."

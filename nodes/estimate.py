@@ -8,7 +8,7 @@ the model that answers this one question itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import comfy.model_management
@@ -79,43 +79,58 @@ def memory_required(
     cond_shapes: dict[str, list] | None = None,
     share: Share | None = None,
     compiled: bool = False,
+    uncounted: int = 0,
 ) -> float:
     """Bytes one forward pass of `base` (a host `BaseModel`) needs under T3 on latents of `shape` `[B, C, T, H, W]`.
 
-    Arguments as those of `BaseModel.memory_required`, and never more than that says; `share`: the fastest if None.
+    Arguments as those of `BaseModel.memory_required`; `share`: the fastest if None; `uncounted`: tokens beside the
+    video that `cond_shapes` leave out. Never more than the host itself says, which is taken for as many tokens.
     """
     model, cond_shapes = base.diffusion_model, cond_shapes or {}
     model = getattr(model, "_orig_mod", model)
     beside = sum(math.prod(s[2:]) for name in base.memory_usage_factor_conds for s in cond_shapes.get(name) or ())
     patch = math.prod(model.patch_size)
     tokens = int((math.prod(shape[2:]) + beside) / patch)
-    block = block_shape(model, tokens, shape[0], base.get_dtype_inference().itemsize, math.ceil(beside / patch))
+    all_beside = math.ceil(beside / patch) + uncounted
+    block = block_shape(model, tokens + uncounted, shape[0], base.get_dtype_inference().itemsize, all_beside)
     ours = pass_bytes(model, block, share or Share(), compiled) * MARGIN + AROUND * math.prod(shape) * 4
-    return min(ours, base.memory_required(shape, cond_shapes=cond_shapes))
+    return min(ours, base.memory_required(shape, cond_shapes=cond_shapes) * (tokens + uncounted) / tokens)
 
 
-def expected_share(mode: str, model, shape: Sequence[int], compiled: bool = False) -> Share:
+def is_compiled(wrappers: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether the host's compile node stands before or after T3; wrappers: of a patcher or of `transformer_options`."""
+    return "torch.compile" in wrappers.get(WrappersMP.APPLY_MODEL, {})
+
+
+def expected_share(mode: str, model, shape: Sequence[int], compiled: bool = False, uncounted: int = 0) -> Share:
     """How a forward pass on latents of `shape` will share out its work, before the model is loaded.
 
-    mode: what the user chose, of `memory.MODES`; model: the patcher. `auto` supposes that it has the card for itself.
+    mode: what the user chose, of `memory.MODES`; model: the patcher; compiled, uncounted: as `memory_required` takes
+    them. `auto` supposes that it has the card for itself.
     """
     base, device = model.model, model.load_device
     found = ways(base.diffusion_model)
     total = comfy.model_management.get_total_memory(device)
     room = min(total, allowed_bytes(torch.device(device)) or total) * OF_CARD - model.model_size()
-    return pick(mode, found, lambda share: memory_required(base, shape, None, share, compiled), room)[0]
+    return pick(mode, found, lambda share: memory_required(base, shape, None, share, compiled, uncounted), room)[0]
 
 
 def prepare_sampling(mode: str, executor, model, noise_shape, conds, *args, **kwargs):
     """PREPARE_SAMPLING wrapper: the host decides what to offload by what T3 needs.
 
-    The shape is used for nothing but the estimate, which is proportional to `T*H*W`: the width is scaled down. Time is
-    left for context windows to cut.
+    The shape is used for nothing but the estimate, which is proportional to `T*H*W`: the width is scaled. Time is left
+    for context windows to cut. Tokens beside the video are those of the condition that has most of them.
     """
     base = model.model
-    compiled = "torch.compile" in model.wrappers.get(WrappersMP.APPLY_MODEL, {})
-    share = expected_share(mode, model, noise_shape, compiled)
-    scale = memory_required(base, noise_shape, None, share, compiled) / base.memory_required(noise_shape)
+    compiled = is_compiled(model.wrappers)
+    counted = base.memory_usage_factor_conds
+    uncounted = max(
+        (wan.tokens_beside(base.diffusion_model, noise_shape, cond, counted) for of in conds.values() for cond in of),
+        default=0,
+    )
+    share = expected_share(mode, model, noise_shape, compiled, uncounted)
+    needed = memory_required(base, noise_shape, None, share, compiled, uncounted)
+    scale = needed / base.memory_required(noise_shape)
     *others, width = noise_shape
     return executor(model, [*others, max(1, math.ceil(width * scale))], conds, *args, **kwargs)
 

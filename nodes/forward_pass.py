@@ -17,6 +17,7 @@ from ..t3 import Grid, Partition, Plan
 from ..t3.backends import AUTO, Backend, Situation, choose
 from ..t3.cost import attention_pairs, other_macs, saving_warning
 from ..t3.device_memory import within_limit
+from ..t3.memory import AUTO as AUTO_MEMORY
 from ..t3.memory import Share, pick
 from ..t3.plan import PRESETS
 from . import estimate, host_attention, wan
@@ -86,7 +87,8 @@ def plan_forward_pass(
         return None
     situation = Situation(x.device, base.get_dtype_inference(), wan.head_size(model))
     backend = _backend(settings, options, situation, layout, windowed, say)
-    share = _share(settings, base, model, layout, x, situation.dtype, say)
+    compiled = estimate.is_compiled(options.get("wrappers", {}))
+    share = _share(settings, base, model, layout, x, situation.dtype, compiled, say)
     memory = None if share.heads is None else _memory(model, layout, x, situation.dtype, windowed)
     found = ForwardPass(layout, partitions, backend, share, memory)
     _tell_global_tokens(layout, windowed, say)
@@ -121,9 +123,12 @@ def _backend(
     keys = [n + (layout.beside or 0) for p in partitions for n in p.window_lengths(layout.grid)]
     if settings.backend == AUTO and (how := host_attention.chosen_by_user(options)):
         # Tokens beside the video attend everything.
-        wrong = host_attention.wrong_for([*keys, layout.grid.tokens + layout.beside] if layout.beside else keys, how)
-        if wrong is None:
+        wrong = host_attention.wrong_for([*keys, layout.grid.tokens + layout.beside] if layout.beside else keys)
+        sage = host_attention.is_sage(options)
+        if wrong is None or not sage:
             say(f"attention inside windows is the one chosen by {how}.")
+            if wrong is not None and sage is None:
+                say(f"{wrong} If {how} uses it, choose a backend in T3 Attention, or take that node out.")
             return None
         say(f"{wrong} Another backend does the work instead.")
     backend, why = choose(settings.backend, replace(situation, windows=tuple(keys)))
@@ -132,25 +137,45 @@ def _backend(
 
 
 def _share(
-    settings: Settings, base: Any, model, layout: wan.Layout, x: torch.Tensor, dtype: torch.dtype, say: Say
+    settings: Settings,
+    base: Any,
+    model,
+    layout: wan.Layout,
+    x: torch.Tensor,
+    dtype: torch.dtype,
+    compiled: bool,
+    say: Say,
 ) -> Share:
     """How blocks share out their work in the memory that is free now; says which and why where it matters."""
     tokens = layout.grid.tokens + layout.prefix + (layout.suffix or 0)
     # Where only the host knows how many stand beside the video, some do.
     beside = 1 if layout.beside is None else layout.beside
     shape = estimate.block_shape(model, tokens, x.shape[0], dtype.itemsize, beside)
-    compiled = model is not base.diffusion_model
 
     def needed(share: Share) -> float:
         return estimate.pass_bytes(model, shape, share, compiled) * estimate.MARGIN
 
-    ways = estimate.ways(model)
-    free = within_limit(comfy.model_management.get_free_memory(x.device), x.device)
-    # Compiled blocks run whole: only what each window works in can be bounded.
-    share, why = pick(settings.memory, [ways[0], ways[-1]] if compiled else ways, needed, free)
+    ways, mode = estimate.ways(model), settings.memory
+    free = within_limit(_free_memory(base, x.device), x.device)
+    if compiled:
+        if mode != AUTO_MEMORY:
+            say(f"memory {mode} has no effect under torch.compile, which runs blocks whole.")
+        ways, mode = ways[:1], AUTO_MEMORY
+    share, why = pick(mode, ways, needed, free)
     if shape.chunk < shape.batch * shape.tokens or share != ways[0]:
-        say(f"memory: {why}", once=f"memory {settings.memory} {share} {shape}")
+        # That it no longer fits is news.
+        too_little = mode == AUTO_MEMORY and needed(share) > free
+        say(f"memory: {why}", once=f"memory {mode} {share} {shape} {too_little}")
     return share
+
+
+def _free_memory(base: Any, device: torch.device) -> int:
+    """Bytes the host could free on `device` for this pass: with dynamic VRAM, what weights hold too.
+
+    Models run outside of the host's samplers have no patcher, and patchers of older hosts do not know.
+    """
+    of_patcher = getattr(base.current_patcher, "get_free_memory", None)
+    return (of_patcher or comfy.model_management.get_free_memory)(device)
 
 
 def _memory(model, layout: wan.Layout, x: torch.Tensor, dtype: torch.dtype, partitions: list[Partition]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -16,7 +17,9 @@ _FLAGS = (
     "use_pytorch_cross_attention",
     "force_upcast_attention",
 )
-_SAGE_FLAG = "--use-sage-attention"
+_OVERRIDE = "optimized_attention_override"
+# "sage" as a word or the beginning of one: not that of "usage".
+_SAGE = re.compile("(?<![A-Za-z])sage|Sage|SAGE")
 # What the host's attention may be told that changes nothing in plain attention over all keys.
 _PLAIN = {"transformer_options", "_inside_attn_wrapper"}
 
@@ -28,16 +31,28 @@ def chosen_by_user(options: Mapping[str, Any]) -> str | None:
     """
     from comfy.cli_args import args
 
-    if "optimized_attention_override" in options:
+    if _OVERRIDE in options:
         return "another node's attention override"
     chosen = [flag for flag in _FLAGS if getattr(args, flag, False)]
     return f"the launch flag --{chosen[0].replace('_', '-')}" if chosen else None
 
 
-def wrong_for(keys: Iterable[int], how: str) -> str | None:
-    """Why the chosen attention would give wrong results for windows of so many keys, or None."""
+def is_sage(options: Mapping[str, Any]) -> bool | None:
+    """Whether the attention that the user chose is sageattention; None for an override whose names do not say so."""
+    from comfy.cli_args import args
+
+    if _OVERRIDE not in options:
+        return args.use_sage_attention
+    override = options[_OVERRIDE]
+    override = getattr(override, "func", override)  # of functools.partial
+    names = (getattr(of, name, "") for of in (override, type(override)) for name in ("__module__", "__qualname__"))
+    return any(_SAGE.search(name) for name in names) or None
+
+
+def wrong_for(keys: Iterable[int]) -> str | None:
+    """Why sageattention would give wrong results for windows of so many keys; None if it is right, or not installed."""
     sage = BACKENDS["sage"]
-    if _SAGE_FLAG not in how or not installed("sageattention") or sage.keys_multiple is None:
+    if not installed("sageattention") or sage.keys_multiple is None:
         return None
     multiple = sage.keys_multiple()
     bad = next((n for n in keys if n % multiple), None)
@@ -78,4 +93,4 @@ def with_ours(options: Mapping[str, Any], backend: Backend, say: Callable[[str],
             return original(q, k, v, heads, *more, **how)
         return attend_text(q, k, v, heads, serving(backend, q, k, heads, say))
 
-    return {**options, "optimized_attention_override": override}
+    return {**options, _OVERRIDE: override}

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
-from ..t3 import Partition, Plan, t3_attention
+from ..t3 import Partition, t3_attention
 from ..t3.chunks import token_chunks
 from ..t3.fused import refusal
 from ..t3.memory import BlockShape
@@ -81,7 +81,7 @@ class T3SelfAttention(StandIn):
     ) -> torch.Tensor:
         from comfy.ldm.flux.math import apply_rope1
 
-        attn: Any = self.module
+        attn = self.module
         patches = options.get("patches", {}).get("attn1_patch", ())
         backend = current.backend or host_attention(options)
         reason = projections.refused(attn, x.shape[1], freqs, patches) or refusal(x)
@@ -166,16 +166,6 @@ def settings_of(model) -> Settings | None:
     return next((patch.__self__.installation.settings for patch in ours), None)
 
 
-def plan_of_weights(model) -> Plan | None:
-    """The plan that came with the weights on `model`, where a node said so by `set_plan_of_weights`."""
-    return model.get_attachment(KEY)
-
-
-def set_plan_of_weights(model, plan: Plan) -> None:
-    """Keep with `model` and its clones what plan its weights are tuned for."""
-    model.set_attachments(KEY, plan)
-
-
 def _put(model, attentions: list[wan.SelfAttention], blocks: list[wan.Block], installation: Installation) -> None:
     """Patches for these modules, and wrappers and callbacks for this installation in place of former ones."""
     for attention in attentions:
@@ -216,8 +206,16 @@ def _key(path: str) -> str:
     return f"{wan.PREFIX}{path}.forward"
 
 
+def _installation_in(model) -> Installation | None:
+    """The installation whose patches stand in this diffusion model, if any do."""
+    modules = [found.module for found in wan.self_attentions(model).windowed]
+    modules += [block.module for block in wan.blocks(model)]
+    patches = (vars(module).get("forward") for module in modules)
+    return next((patch.__self__.installation for patch in patches if patch is not None and is_ours(patch)), None)
+
+
 def _apply_model(
-    installation: Installation,
+    bound: Installation,
     executor,
     x,
     t,
@@ -232,6 +230,8 @@ def _apply_model(
     base = executor.class_obj
     # Under the host's compile node the compiled model stands in place of the plain one.
     model = getattr(base.diffusion_model, "_orig_mod", base.diffusion_model)
+    # MultiGPU CFG Split runs the models of further cards, at the same time, with the wrappers of the first card's.
+    installation = _installation_in(model) or bound
     _report_foreign(model, installation)
     installation.current = plan_forward_pass(base, model, x, options, conds, installation.settings, installation.say)
     try:

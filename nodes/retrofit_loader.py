@@ -11,8 +11,9 @@ from ..t3 import Plan
 from ..t3.errors import T3Error
 from ..t3.weights import ApplyReport, Identity, identify, open_weights
 from ..t3.weights.fit import check_fit
-from . import model_files, patch, weight_patches
+from . import model_files, patch, plan_of_weights, weight_patches
 from .forward_pass import Settings
+from .plan_of_weights import PlanOfWeights
 from .types import T3PlanType
 
 FOLDERS = ("loras", "diffusion_models")
@@ -96,7 +97,7 @@ class T3RetrofitLoader(io.ComfyNode):
         target = weight_patches.Target.of(model)
         check_fit(opened, found, target.shapes)
         weight_patches.check_finite(opened, found)
-        plan = _plan(model, found, custom_plan)
+        plan = _plan(model, found, custom_plan) if strength else None
         patched = model.clone()
         lines = [f"{file} for {found.what}"]
         changes = weight_patches.pieces(opened, found)
@@ -108,27 +109,36 @@ class T3RetrofitLoader(io.ComfyNode):
         if found.unused:
             lines.append(f"Known, and of no use here: {', '.join(map(repr, found.unused))}.")
         lines += [_sentence(line) for line in [*found.t3.describe(), *found.notes]]
-        lines += _attention(patched, plan, custom_plan is not None) if strength else ["At strength 0 nothing is done."]
+        lines += _attention(patched, plan, custom_plan, found) if strength else ["At strength 0 nothing is done."]
         warnings = _warnings(target.fingerprint(model), found, strength)
         for warning in warnings:
             log.warning("T3 LoRA Retrofit Loader: %s: %s", file, warning)
         return io.NodeOutput(patched, "\n".join([*lines, *(f"WARNING: {warning}" for warning in warnings)]))
 
 
-def _plan(model, found: Identity, connected: Plan | None) -> Plan | None:
-    """The plan to install, or None. Raises `T3Error` where two files ask for different ones and nobody chose."""
+def _plan(model, found: Identity, connected: Plan | None) -> PlanOfWeights | None:
+    """The plan to install and the one that the weights are tuned for, or None where there is none to install.
+
+    Raises `T3Error` where two files ask for different ones and nobody chose.
+    """
+    before, named = plan_of_weights.plan_of_weights(model), found.t3.plan
     if connected is not None:
-        return connected
-    before = patch.plan_of_weights(model)
-    if found.t3.plan is not None and before not in (None, found.t3.plan):
-        raise T3Error(
-            f"these weights are tuned for plan {found.t3.plan.name!r}, and those loaded before them for {before.name!r}"
-            ", another one. Connect a T3 Plan as custom_plan to say which windows to use."
-        )
-    return found.t3.plan
+        return PlanOfWeights(named or (before.tuned if before else None), connected)
+    if named is None:
+        return None
+    if before is None:
+        return PlanOfWeights(named, named)
+    if before.tuned == named:
+        # A plan connected to a node before stays chosen.
+        return before
+    other = f"for {before.tuned.name!r}" if before.tuned else f"were given {before.chosen.name!r}"
+    raise T3Error(
+        f"these weights are tuned for plan {named.name!r}, and those loaded before them {other}, another one. Connect "
+        "a T3 Plan as custom_plan to say which windows to use."
+    )
 
 
-def _attention(patched, plan: Plan | None, connected: bool) -> list[str]:
+def _attention(patched, plan: PlanOfWeights | None, connected: Plan | None, found: Identity) -> list[str]:
     """Install the plan, where there is one; what to say of it."""
     before = patch.settings_of(patched)
     if plan is None:
@@ -136,11 +146,13 @@ def _attention(patched, plan: Plan | None, connected: bool) -> list[str]:
             return [f"The file names no plan; T3 attention stays as it is, plan {before.plan.name}."]
         return ["The file names no plan, so attention stays as it is. Put T3 Attention behind this node."]
     # Whatever else a T3 Attention node before this one was told stays.
-    settings = Settings(plan) if before is None else dataclasses.replace(before, plan=plan)
+    settings = Settings(plan.chosen) if before is None else dataclasses.replace(before, plan=plan.chosen)
     notes = patch.install(patched, settings)
-    patch.set_plan_of_weights(patched, plan)
-    whose = "the connected one" if connected else "from the file"
-    return [f"T3 attention with plan {plan.name}, {whose}. T3 Attention behind this node has more to set.", *notes]
+    plan_of_weights.set_plan_of_weights(patched, plan)
+    whose = "from the file" if plan.chosen == found.t3.plan else "the one connected to a node before"
+    whose = whose if connected is None else "the connected one"
+    line = f"T3 attention with plan {plan.chosen.name}, {whose}. T3 Attention behind this node has more to set."
+    return [line, *plan_of_weights.note_on_mismatch(plan.chosen, plan.tuned), *notes]
 
 
 def _warnings(loaded, found: Identity, strength: float) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import comfy.model_management
@@ -12,12 +13,21 @@ WAIT_FROM_TOKENS = 32_768
 
 
 class StandIn:
-    """Stands in for the `forward` of one module of one model. installation: a `patch.Installation`."""
+    """Stands in for the `forward` of one module of one model. installation: a `patch.Installation`.
+
+    The module is held weakly. The host puts this into the module, which a strong reference would make a cycle: the host
+    drops a model by its reference count, and its weights would stay until Python happens to look for cycles.
+    """
 
     def __init__(self, module: torch.nn.Module, layer: int, installation: Any) -> None:
-        self.module = module
+        self._module = weakref.ref(module)
         self.layer = layer
         self.installation = installation
+
+    @property
+    def module(self) -> Any:
+        """The module, which lives as long as a model that can call this."""
+        return self._module()
 
 
 def is_ours(patch: Any) -> bool:

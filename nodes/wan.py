@@ -7,7 +7,7 @@ of tokens is checked again where attention runs: if the host puts them elsewhere
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -103,6 +103,21 @@ _LAYOUTS: dict[str, Callable[[Any, torch.Tensor, Conds], Layout]] = {
 def layout(model, x: torch.Tensor, conds: Conds) -> Layout:
     """The layout of one forward pass of a Wan model on `[B, C, T, H, W]` latents with these conditions."""
     return _LAYOUTS.get(type(model).__name__, _video)(model, x, conds)
+
+
+def tokens_beside(model, shape: Sequence[int], cond: Mapping[str, Any], but: Collection[str]) -> int:
+    """Tokens beside the video in a forward pass on latents of `shape` `[B, C, T, H, W]`, as far as nodes tell of them.
+
+    cond: a condition as nodes leave it, before the host makes one for the model of it; but: those not to be counted, by
+    the names that the model has for them.
+    """
+    references = cond.get("reference_latents")
+    named = {name: cond.get(name) for name in ("time_dim_concat", "context_latents")}
+    named["reference_latent"] = references[-1] if references else None
+    conds = {name: latents for name, latents in named.items() if latents is not None and name not in but}
+    if not conds:
+        return 0
+    return layout(model, torch.empty(shape, device="meta"), conds).beside or 0
 
 
 class SelfAttention(NamedTuple):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import host_blocks
 import host_models
 import pytest
@@ -224,22 +222,6 @@ def test_whole_models_by_chunks(t3, pack, monkeypatch, kind):
         out = forward_pass(with_t3(pack, model, memory=mode)[0], x, text=text, **conds)
         assert (out - plain).norm() < 1e-5 * plain.norm()
     assert len(seen) == 3
-
-
-def test_auto_goes_by_free_memory_and_says_so(t3, pack, monkeypatch, caplog):
-    import comfy.model_management
-
-    model = host_models.patcher("t2v")
-    x = torch.randn(1, 16, 6, 12, 12)
-    for free, words in ((2**40, "fast: all heads at once"), (1, "That is too little")):
-        monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, free=free, **__: free)
-        caplog.clear()
-        patched, _ = with_t3(pack, model)
-        plan = sys.modules[f"{pack.__name__}.nodes.forward_pass"].plan_forward_pass
-        installation = patched.object_patches["diffusion_model.blocks.0.forward"].__self__.installation
-        for _ in range(2):
-            plan(model.model, model.model.diffusion_model, x, {}, {}, installation.settings, installation.say)
-        assert caplog.text.count("memory: ") == 1 and words in caplog.text
 
 
 @pytest.mark.parametrize("beside", [{}, {"prefix": 5, "suffix": 3}], ids=["alone", "tokens beside"])

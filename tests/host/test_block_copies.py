@@ -52,12 +52,8 @@ def assert_copied(t3, monkeypatch, changes, kind, tensors, **how):
     """That a block's copies move so many tensors of all tokens."""
     monkeypatch.setattr(t3.fused, "triton_usable", lambda device, dtype: True)
     backends = sys.modules[f"{t3.pack.__name__}.t3.backends"]
-    ours = patch(
-        t3,
-        make_block(**kind, dtype=torch.float32),
-        **how,
-        backend=backends.Backend("like cuDNN", "", attend_like_cudnn),
-    )
+    block = make_block(**kind, dtype=torch.float32)
+    ours = patch(t3, block, **how, backend=backends.Backend("like cuDNN", "", attend_like_cudnn))
     arguments = inputs(**changes, dtype=torch.float32)
     batch = changes.get("batch", 1)
     with torch.no_grad():

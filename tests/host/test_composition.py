@@ -217,22 +217,6 @@ def test_a_second_t3_node_replaces_the_first(pack, dit, windowed):
     assert torch.equal(sample(once, latent), first), "the first node's model changed"
 
 
-def test_clones_for_further_cards_have_patches_of_their_own(pack, dit):
-    """The host matches such clones anew before every sampling."""
-    patched, _ = with_t3(pack, dit())
-    patched.set_additional_models("multigpu", [patched.deepclone_multigpu(new_load_device=torch.device("cpu"))])
-    patched.match_multigpu_clones()
-    (clone,) = patched.get_additional_models_with_key("multigpu")
-    assert clone.model is not patched.model
-    installations = set()
-    for model in (patched, clone):
-        for i, block in enumerate(model.model.diffusion_model.blocks):
-            patch = model.object_patches[f"diffusion_model.blocks.{i}.self_attn.forward"].__self__
-            assert patch.module is block.self_attn
-            installations.add(patch.installation)
-    assert len(installations) == 2
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_torch_compile(pack, tmp_path, order):

@@ -23,15 +23,18 @@ def model(pack):
 
 @pytest.fixture
 def asked(pack, monkeypatch):
-    """What the host asks memory for, without loading anything: `asked(patcher, shape)` gives `(most, least)` bytes."""
+    """What the host asks memory for, without loading anything: `asked(patcher, shape)` gives `(most, least)` bytes.
+
+    of_positive: what nodes put into the positive condition.
+    """
     import comfy.model_management
     import comfy.sampler_helpers
 
-    def ask(patcher, shape=NOISE_4K):
+    def ask(patcher, shape=NOISE_4K, **of_positive):
         seen = {}
         monkeypatch.setattr(comfy.model_management, "load_models_gpu", lambda models, **kwargs: seen.update(kwargs))
         positive, negative = ([[c, {}] for c, _ in conds] for conds in text_conds(patcher))
-        conds = {"positive": [{**c[1]} for c in positive], "negative": [{**c[1]} for c in negative]}
+        conds = {"positive": [{**c[1], **of_positive} for c in positive], "negative": [{**c[1]} for c in negative]}
         options = {**patcher.model_options, "transformer_options": transformer_options(patcher)}
         comfy.sampler_helpers.prepare_sampling(patcher, shape, conds, model_options=options)
         monkeypatch.undo()
@@ -73,6 +76,71 @@ def test_compiled_blocks_are_whole_and_reserved_for(pack, model, asked):
     patched = with_t3(pack, model, memory="fast")[0]
     compiled = TorchCompileModel.execute(patched, "inductor").result[0]
     assert asked(compiled)[1] > 1.1 * plain_block_bytes(BLOCK_4K) > 1.5 * asked(patched)[1]
+
+
+def on_meta(channels, *size):
+    return torch.empty(1, channels, *size, device="meta")
+
+
+NOISE_1080P = [1, 16, 21, 136, 240]
+BESIDE = {
+    "appended frames": ({"time_dim_concat": on_meta(16, 4, 136, 240)}, 4 * 68 * 120),
+    "latents in context": ({"context_latents": [on_meta(16, 21, 136, 240), on_meta(16, 1, 68, 120)]}, 21 * 8160 + 2040),
+}
+
+
+@pytest.mark.parametrize(("mode", "share"), [("fast", Share()), ("lean", shares(12)[-1])])
+@pytest.mark.parametrize("beside", BESIDE)
+def test_tokens_beside_the_video_are_reserved_for(pack, model, asked, beside, mode, share):
+    """The host does not count them; one condition that has them is enough."""
+    conditions, more = BESIDE[beside]
+    video = 21 * 68 * 120
+    needed = block_bytes(BlockShape(1536, 8960, 12, 1, video + more, 4, more), share)
+    patched = with_t3(pack, model, memory=mode)[0]
+    most, least = asked(patched, NOISE_1080P, **conditions)
+    assert 1.1 * needed <= least <= 1.35 * needed
+    assert asked(patched, NOISE_1080P) < (most, least)
+    assert asked(model, NOISE_1080P, **conditions) == asked(model, NOISE_1080P)
+
+
+def test_auto_reserves_for_a_leaner_way_where_tokens_stand_beside_the_video(pack, model, asked, monkeypatch):
+    import comfy.model_management
+
+    conditions, _ = BESIDE["latents in context"]
+    fast = asked(with_t3(pack, model, memory="fast")[0], NOISE_1080P, **conditions)[1]
+    monkeypatch.setattr(comfy.model_management, "get_total_memory", lambda *_, **__: 0.9 * fast)
+    assert asked(with_t3(pack, model)[0], NOISE_1080P, **conditions)[1] < 0.9 * fast
+
+
+AS_NODES_LEAVE_THEM = {
+    "t2v": {
+        "time_dim_concat": torch.zeros(1, 16, 2, 12, 12),
+        "context_latents": [torch.zeros(1, 16, 6, 12, 12), torch.zeros(1, 16, 1, 7, 6)],
+        "reference_latents": [torch.zeros(1, 16, 1, 12, 12)],
+    },
+    "fun-control": {"reference_latents": [torch.zeros(1, 16, 1, 8, 8), torch.zeros(1, 16, 1, 12, 12)]},
+    "humo": {"reference_latents": [torch.zeros(1, 16, 2, 12, 12)]},
+    "scail": {
+        "time_dim_concat": torch.zeros(1, 16, 1, 12, 12),
+        "reference_latents": [torch.zeros(1, 16, 1, 12, 12)],
+        "pose_video_latent": torch.zeros(1, 16, 6, 6, 6),
+    },
+    "s2v": {"reference_latents": [torch.zeros(1, 16, 1, 12, 12)]},
+}
+
+
+@pytest.mark.parametrize("kind", AS_NODES_LEAVE_THEM)
+def test_tokens_beside_the_video_before_and_while_sampling_agree(pack, kind):
+    """Those the host counts by itself are left to it."""
+    wan = sys.modules[f"{pack.__name__}.nodes.wan"]
+    base = host_models.base_model(kind)
+    x, conditions = torch.zeros(1, 16, 6, 12, 12), AS_NODES_LEAVE_THEM[kind]
+    made = base.extra_conds(**conditions, noise=x, device=x.device, cross_attn=torch.zeros(1, 7, 48))
+    by_host = base.memory_usage_factor_conds
+    given = {name: cond.cond for name, cond in made.items() if name not in by_host}
+    found = wan.tokens_beside(base.diffusion_model, x.shape, conditions, by_host)
+    assert found == (wan.layout(base.diffusion_model, x, given).beside or 0)
+    assert (found > 0) == (kind != "s2v")
 
 
 def test_context_windows_and_t3_in_any_order(pack, model, asked):

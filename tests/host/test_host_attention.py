@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from functools import partial
 
 import host_models
 import pytest
@@ -85,6 +86,50 @@ def test_sageattention_1_is_passed_over_where_it_is_wrong(pack, monkeypatch, cal
         assert set(calls) == {64}
     finally:
         backends._sage_keys_multiple.cache_clear()
+
+
+def sageattn_of_a_pack(original, q, k, v, *args, **kwargs):
+    return original(q, k, v, *args, **kwargs)
+
+
+def usage_counter(original, q, k, v, *args, **kwargs):
+    return original(q, k, v, *args, **kwargs)
+
+
+class SageAttention:
+    def __call__(self, original, q, k, v, *args, **kwargs):
+        return original(q, k, v, *args, **kwargs)
+
+
+SAGE_OVERRIDES = [sageattn_of_a_pack, partial(sageattn_of_a_pack), SageAttention()]
+OTHER_OVERRIDES = [usage_counter, partial(usage_counter)]
+
+
+@pytest.mark.parametrize("installed", ["1.0.6", "2.2.0", None])
+@pytest.mark.parametrize("override", SAGE_OVERRIDES + OTHER_OVERRIDES)
+def test_an_override_by_sageattention_1_is_passed_over_too(pack, monkeypatch, calls, caplog, override, installed):
+    """Where its names do not tell, it does the work, and the log warns of what would be wrong."""
+    module = sys.modules[f"{pack.__name__}.nodes.host_attention"]
+    backends = sys.modules[f"{pack.__name__}.t3.backends.registry"]
+    monkeypatch.setattr(module, "installed", lambda package: installed is not None)
+    monkeypatch.setattr(backends, "version", lambda package: installed)
+    backends._sage_keys_multiple.cache_clear()
+    model = host_models.patcher("t2v")
+    model.model_options["transformer_options"]["optimized_attention_override"] = override
+    patched, _ = with_t3(pack, model)
+    try:
+        with caplog.at_level(logging.WARNING):
+            for _ in range(2):
+                forward(patched, X, text=TEXT)
+    finally:
+        backends._sage_keys_multiple.cache_clear()
+    wrong = installed == "1.0.6"
+    passed_over = wrong and override in SAGE_OVERRIDES
+    assert (not calls) == passed_over
+    assert caplog.text.count("sageattention, as installed, is wrong for windows of") == wrong
+    assert caplog.text.count("Another backend does the work instead.") == passed_over
+    assert caplog.text.count("If another node's attention override uses it") == (wrong and not passed_over)
+    assert caplog.text.count("attention inside windows is the one chosen by") == (not passed_over)
 
 
 def plan_of_frames(pack):

@@ -137,6 +137,50 @@ def test_two_files_with_different_plans_ask_for_a_choice(pack, files, node):
     assert "plan test, the connected one" in report
 
 
+def test_at_strength_0_another_plan_is_no_matter(pack, files, node):
+    one, _ = retrofit(files)
+    other, _ = retrofit(files, "other.safetensors", plan=Plan("other", Grid(6, 6, 6), ((1, 2, 2),)))
+    first, _ = run(node, model=model("t2v"), file=one)
+    second, report = run(node, model=first, file=other, strength=0.0)
+    assert "At strength 0 nothing is done." in report
+    assert torch.equal(one_pass(second), one_pass(first))
+    assert "Plan tuned (the plan of the weights)" in with_t3(pack, second, custom_plan=None)[1]
+
+
+def test_a_connected_plan_does_not_change_what_weights_are_tuned_for(pack, files, node):
+    file, _ = retrofit(files)
+    patched, report = run(node, model=model("t2v"), file=file, custom_plan=plan_of(pack))
+    another = "The weights are tuned for plan tuned, another one: expect a worse picture, or noise."
+    assert another in report
+    _, report = with_t3(pack, patched, custom_plan=None)
+    assert "Plan test (the plan connected to T3 LoRA Retrofit Loader)" in report and another in report
+    of_the_file = sys.modules[f"{pack.__name__}.t3"].Plan("tuned", (6, 6, 6), tuple(COUNTS))
+    _, report = with_t3(pack, patched, custom_plan=of_the_file)
+    assert "Plan tuned (the connected plan)" in report and "another one" not in report
+    _, report = run(node, model=model("t2v"), file=file, custom_plan=of_the_file)
+    assert "the connected one" in report and "another one" not in report
+
+
+def test_a_connected_plan_stays_chosen_for_further_files(pack, files, node):
+    """For one of the same plan; one of another plan needs another choice."""
+    first, _ = run(node, model=model("t2v"), file=retrofit(files)[0], custom_plan=plan_of(pack))
+    same, _ = retrofit(files, "same.safetensors", seed=600)
+    second, report = run(node, model=first, file=same)
+    assert "T3 attention with plan test, the one connected to a node before" in report
+    assert "tuned for plan tuned, another one" in report
+    assert "Plan test (the plan connected" in with_t3(pack, second, custom_plan=None)[1]
+
+
+def test_of_a_file_without_a_plan_a_connected_one_tells_nothing(pack, files, node):
+    tensors, _ = adapter("t2v", "lora", "kohya", state=state("t2v"))
+    patched, _ = run(node, model=model("t2v"), file=files.save(tensors), custom_plan=plan_of(pack))
+    _, report = with_t3(pack, patched, custom_plan=None)
+    assert "Plan test (the plan connected" in report
+    assert "Whether these weights are T3-tuned cannot be told from the file" in report
+    with pytest.raises(ValueError, match=r"tuned for plan 'tuned', and those loaded before them were given 'test'"):
+        run(node, model=patched, file=retrofit(files)[0])
+
+
 def test_another_base_is_warned_of(pack, files, node, caplog):
     """Also where patches are in place, or a LoRA before this node: the weights as loaded count."""
     other = {name: torch.randn_like(tensor) for name, tensor in state("t2v").items()}
