@@ -16,7 +16,7 @@ from t3.retrofit.buckets import NoBucket, choose, parse_size
 from t3.retrofit.clips import BadClip, Clip, inspect_clip, list_clips, read_clip
 from t3.retrofit.command import main
 from t3.retrofit.encode import Encoders
-from t3.retrofit.shards import open_shards, read_shards
+from t3.retrofit.shards import ShardWriter, open_shards, read_shards
 
 FRAMES = 9
 SIZE = (32, 48)
@@ -101,6 +101,24 @@ def test_an_interrupted_encode_keeps_what_was_done(videos, model, tmp_path, monk
     monkeypatch.setattr(Encoders, "latents", real)
     assert encode(videos, model, tmp_path / "set") == 0
     assert [clip.facts.source for clip in open_shards(tmp_path / "set").clips] == ["a.mp4", "b.mp4", "c.mp4"]
+
+
+def test_a_folder_that_is_being_written_is_refused_and_clips_with_odd_names_are_kept(videos, model, tmp_path, capsys):
+    """A table, since not every disk takes such a name; the file that it names is missing or there."""
+    lines = [
+        {"file": str(videos / "a.mp4"), "caption": "half of a character: \ud83d"},
+        {"file": "\udce9.mp4", "caption": "missing"},
+        {"file": str(videos / "b.mp4"), "caption": "b"},
+    ]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with ShardWriter(tmp_path / "set"):
+        assert encode(tmp_path / "list.jsonl", model, tmp_path / "set") == 2
+    assert f"{tmp_path / 'set'} is open for writing by process" in capsys.readouterr().err
+    (tmp_path / "set" / "index.json").unlink()
+    assert encode(tmp_path / "list.jsonl", model, tmp_path / "set") == 0
+    assert "\\udce9.mp4: there is no such file" in capsys.readouterr().err
+    captions = [clip.facts.caption for clip in open_shards(tmp_path / "set").clips]
+    assert captions == ["half of a character: \ufffd", "b"]
 
 
 def test_latents_and_texts_are_those_of_the_library(videos, model, tmp_path):

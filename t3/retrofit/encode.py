@@ -210,7 +210,7 @@ def encode_clips(
             if asked.missing_captions == "skip":
                 continue
         try:
-            video, count = inspect_clip(clip.path, asked.fps)
+            video, count = inspect_clip(clip.path, asked.fps, max(asked.frames))
             bucket = choose(video.height, video.width, count, asked.sizes, asked.frames, asked.upscale)
             frames = read_clip(clip.path, bucket, asked.fps)
         except (BadClip, NoBucket) as error:

@@ -29,17 +29,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import T3Error
 from ..files import atomic_path
+from .folder import INDEX, VERSION, WriterLock, json_text, read_greys, read_index, size_name, write_greys, write_index
 from .tables import unknown
 
 if TYPE_CHECKING:
     import torch
 
-INDEX = "index.json"
 EMPTY_TEXT = "empty-text.safetensors"
-GREY = "grey.safetensors"
 FIRST, ENDS, IMAGE, LAST_IMAGE = "first", "ends", "image", "last_image"
 GIVEN = (FIRST, ENDS, IMAGE, LAST_IMAGE)  # a clip's tensors beside latents and text
-VERSION = 1
 SHARD_BYTES = 256 * 2**20
 
 
@@ -81,7 +79,8 @@ class ShardWriter:
     """Write a data set, a shard at a time. A shard that is listed in the index is complete; nothing else counts.
 
     Opening a folder that has an index goes on where it ended: `done` holds the sources that need no work. `facts`
-    describes how the clips were encoded (anything JSON can hold); a folder encoded otherwise is refused.
+    describes how the clips were encoded (anything JSON can hold); a folder encoded otherwise is refused, and so is one
+    that another writer has open. A writer that is used without a `with` block is to be closed.
 
         with ShardWriter(folder) as writer:
             writer.add(latents, text, caption="a dot", source="7.mp4", frames=21, height=448, width=640, fps=16)
@@ -91,12 +90,19 @@ class ShardWriter:
         self, folder: str | Path, *, shard_bytes: int = SHARD_BYTES, facts: dict[str, Any] | None = None
     ) -> None:
         self.folder = Path(folder).absolute()
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.shard_bytes = shard_bytes
         self.facts = facts or {}
+        self._lock = WriterLock(self.folder)
+        try:
+            self._open()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _open(self) -> None:
         self.index: dict[str, Any] = {"t3_dataset": VERSION, "encoded": self.facts, "shards": [], "skipped": []}
         if (self.folder / INDEX).exists():
-            self.index = _read_index(self.folder)
+            self.index = read_index(self.folder)
             if self.index["encoded"] != self.facts:
                 raise T3Error(
                     f"{self.folder} was encoded otherwise: {self.index['encoded']}, and now {self.facts} is asked for. "
@@ -104,7 +110,7 @@ class ShardWriter:
                 )
         self._clips: list[Encoded] = []
         self._bytes = 0
-        self._greys = set(_grey(self.folder))
+        self._greys = set(read_greys(self.folder))
 
     @property
     def done(self) -> set[str]:
@@ -130,6 +136,7 @@ class ShardWriter:
         given: what a model is given beside the text, by the names in `GIVEN`.
         Raises `T3Error` for another rank or name, or values that are not finite.
         """
+        self._lock.check()
         given = given or {}
         if latents.ndim != 4 or text.ndim != 2:
             raise T3Error(
@@ -151,30 +158,34 @@ class ShardWriter:
 
     def skip(self, source: str, reason: str) -> None:
         """Note that a source gives no clip, and why. It is not tried again by a later run."""
+        self._lock.check()
         self.index["skipped"].append({"source": source, "reason": reason})
 
     def empty_text(self, text: torch.Tensor) -> None:
         """Keep the embedding `[tokens, text_dim]` of the empty caption, for training without captions."""
         from safetensors.torch import save_file
 
+        self._lock.check()
         with atomic_path(self.folder / EMPTY_TEXT, overwrite=True) as temp:
             save_file({"text": _half(text, "the empty caption", "text")}, temp)
 
     def lacks_grey(self, shape: Sequence[int]) -> bool:
         """Whether there are no latents yet of a grey clip of this shape `[C, T, H, W]`."""
-        return _size(shape) not in self._greys
+        return size_name(shape) not in self._greys
 
     def grey(self, latents: torch.Tensor) -> None:
         """Keep latents `[C, T, H, W]` of a clip of middle grey, which VACE models are given for what they make."""
-        kept = {**_grey(self.folder), _size(latents.shape): _half(latents, "the grey clip", "latents")}
-        _write_grey(self.folder, kept)
+        self._lock.check()
+        kept = {**read_greys(self.folder), size_name(latents.shape): _half(latents, "the grey clip", "latents")}
+        write_greys(self.folder, kept)
         self._greys = set(kept)
 
     def flush(self) -> None:
-        """Write what has been added as a shard, and the index."""
+        """Write what has been added as a shard, and the index. Raises `T3Error` where the writer was closed."""
+        self._lock.check()
         if self._clips:
             self._write_shard()
-        _write_index(self.folder, self.index)
+        write_index(self.folder, self.index)
 
     def _write_shard(self) -> None:
         from safetensors import SafetensorError
@@ -188,7 +199,7 @@ class ShardWriter:
         # A shard of this name that no index lists is the rest of a run that was killed between the two writes.
         with atomic_path(file, overwrite=True) as temp:
             try:
-                save_file(tensors, temp, metadata={"clips": json.dumps(clips, ensure_ascii=False)})
+                save_file(tensors, temp, metadata={"clips": json_text(clips)})
             except SafetensorError as error:
                 raise OSError(f"{file} could not be written: {error}") from error
         shapes = [{name: list(tensor.shape) for name, tensor in _tensors(c).items()} for c in self._clips]
@@ -197,15 +208,20 @@ class ShardWriter:
         self._clips, self._bytes = [], 0
 
     def close(self) -> None:
-        """Write what is left."""
-        self.flush()
+        """Write what is left, and let others write. Closing again does nothing."""
+        if not self._lock.release.alive:
+            return
+        try:
+            self.flush()
+        finally:
+            self._lock.release()
 
     def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
         # What was encoded before an interruption is good, and kept.
-        self.flush()
+        self.close()
 
 
 def join(folder: str | Path, parts: Sequence[str | Path]) -> None:
@@ -230,13 +246,13 @@ def join(folder: str | Path, parts: Sequence[str | Path]) -> None:
             name = f"clips-{len(index['shards']):05}.safetensors"
             (one.folder / shard["file"]).replace(out / name)
             index["shards"].append({**shard, "file": name})
-    greys = {size: latents for one in sets for size, latents in _grey(one.folder).items()}
+    greys = {size: latents for one in sets for size, latents in read_greys(one.folder).items()}
     if greys:
-        _write_grey(out, greys)
+        write_greys(out, greys)
     empty = next((one.folder / EMPTY_TEXT for one in sets if (one.folder / EMPTY_TEXT).exists()), None)
     if empty is not None:
         empty.replace(out / EMPTY_TEXT)
-    _write_index(out, index)
+    write_index(out, index)
     for one in sets:
         shutil.rmtree(one.folder)
 
@@ -270,7 +286,7 @@ class Shards:
 
     def grey(self, shape: Sequence[int]) -> torch.Tensor | None:
         """Latents of a grey clip of this shape `[C, T, H, W]`, or None where the data set has none."""
-        return _grey(self.folder).get(_size(shape))
+        return read_greys(self.folder).get(size_name(shape))
 
     def fingerprint(self) -> str:
         """A hash of what the index says: equal for equal data sets, whatever folder they lie in."""
@@ -292,7 +308,7 @@ class Shards:
 def open_shards(folder: str | Path) -> Shards:
     """Open a data set by its index; no tensor is read. Raises `T3Error` for a folder that is none, or damaged."""
     root = Path(folder).absolute()
-    index = _read_index(root)
+    index = read_index(root)
     clips = [
         Stored(
             _facts(entry, root),
@@ -334,49 +350,8 @@ def _half(tensor: torch.Tensor, source: str, name: str) -> torch.Tensor:
     return tensor
 
 
-def _size(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))
-
-
-def _grey(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    file = folder / GREY
-    return load_file(file) if file.exists() else {}
-
-
 def _facts(entry: dict[str, Any], root: Path) -> ClipFacts:
     try:
         return ClipFacts(**{name: entry[name] for name in ClipFacts.__dataclass_fields__})
     except KeyError as error:
         raise T3Error(f"{root / INDEX}: a clip lacks {error}. Encode the data set again.") from None
-
-
-def _write_grey(folder: Path, latents: Mapping[str, torch.Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    with atomic_path(folder / GREY, overwrite=True) as temp:
-        save_file(dict(latents), temp)
-
-
-def _write_index(folder: Path, index: Mapping[str, Any]) -> None:
-    text = json.dumps(index, ensure_ascii=False, indent=1)
-    with atomic_path(folder / INDEX, overwrite=True) as temp:
-        temp.write_text(text + "\n", encoding="utf-8")
-
-
-def _read_index(folder: Path) -> dict[str, Any]:
-    file = folder / INDEX
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise T3Error(
-            f"{folder} is no encoded data set ({error.strerror}: {INDEX}). Make one with "
-            "`python -m t3.retrofit encode`."
-        ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise T3Error(f"{file} is damaged ({error}). Encode the data set again into an empty folder.") from None
-    if not isinstance(index, dict) or index.get("t3_dataset") != VERSION:
-        found = index.get("t3_dataset") if isinstance(index, dict) else None
-        raise T3Error(f"{file} is a data set of version {found!r}; this release reads version {VERSION}.")
-    return index
