@@ -42,15 +42,17 @@ def window_indices(grid: Size, partition: Size, kind: str, device: torch.device)
 @lru_cache(maxsize=64)
 def _window_indices(grid: Size, partition: Size, kind: str, device: torch.device) -> tuple[torch.Tensor, ...]:
     _, height, width = grid
-    times, rows, columns = (axis_groups(n, c, kind) for n, c in zip(grid, partition, strict=True))
     classes = []
-    for t in times:
-        for h in rows:
-            for w in columns:
-                index = (t[:, None, None, :, None, None] * height + h[None, :, None, None, :, None]) * width
-                index = index + w[None, None, :, None, None, :]
-                count = t.shape[0] * h.shape[0] * w.shape[0]
-                classes.append(index.reshape(count, -1).to(device))
+    # They are kept, and a tensor of inference mode cannot be trained through later.
+    with torch.inference_mode(False):
+        times, rows, columns = (axis_groups(n, c, kind) for n, c in zip(grid, partition, strict=True))
+        for t in times:
+            for h in rows:
+                for w in columns:
+                    index = (t[:, None, None, :, None, None] * height + h[None, :, None, None, :, None]) * width
+                    index = index + w[None, None, :, None, None, :]
+                    count = t.shape[0] * h.shape[0] * w.shape[0]
+                    classes.append(index.reshape(count, -1).to(device))
     return tuple(classes)
 
 

@@ -327,3 +327,15 @@ def test_a_failing_backend_is_an_error_not_a_fallback():
     broken = dataclasses.replace(BACKENDS["sdpa"], attend=attend)
     with pytest.raises(RuntimeError, match="kernel went wrong"):
         t3_attention(q, k, v, (3, 5, 7), (1, 2, 2), backend=broken)
+
+
+def test_what_was_sampled_with_can_be_trained_through():
+    """Hosts sample in inference mode; the windows' indices are kept from then on."""
+    grid, partition = (3, 7, 10), (1, 2, 3)
+    q, k, v = random_qkv(3 * 7 * 10)
+    with torch.inference_mode():
+        expected = t3_attention(q, k, v, grid, partition)
+    trained = q.clone().requires_grad_()
+    out = t3_attention(trained, k, v, grid, partition)
+    out.sum().backward()
+    assert torch.equal(out.detach(), expected) and trained.grad.isfinite().all()

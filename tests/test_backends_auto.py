@@ -182,6 +182,31 @@ def test_a_new_card_is_timed_once_and_remembered(machine, timer, caplog):
         assert timer.calls
 
 
+@pytest.mark.parametrize("passing", [torch.OutOfMemoryError("CUDA out of memory"), "late"])
+def test_what_failed_for_want_of_memory_or_time_is_tried_again_in_the_next_process(monkeypatch, timer, passing):
+    """A card that was full, or slow, the first time must not do without its fastest backend for good."""
+    late = passing == "late"
+    timer.ms = {"sdpa-flash": 10, "sdpa-cudnn": 5 if late else passing, "sdpa-efficient": 30, "flash-attn-2": 20}
+    card = on_card(700, name="New card", number=(12, 0))
+    if late:
+        monkeypatch.setattr(tuning, "_left", 1e-9)
+        first = tuning.tune(card, 700, ["sdpa-flash", "sdpa-cudnn"], clock=iter([0.0, 0.0, 1.0, 2.0]).__next__)
+        assert first.failed == {"sdpa-cudnn": "no time was left"}
+        table.remember(first)
+    else:
+        assert choose("auto", card)[0].name == "sdpa-flash"
+    choice._remembered.cache_clear()
+    monkeypatch.setattr(tuning, "_left", tuning.SECONDS)
+    timer.calls.clear()
+    timer.ms["sdpa-cudnn"] = 5
+    backend, why = choose("auto", card)
+    assert backend.name == "sdpa-cudnn" and "left out (OutOf" not in why
+    assert ("sdpa-cudnn", 700) in timer.calls and ("sdpa-flash", 700) not in timer.calls
+    timer.calls.clear()
+    choice._remembered.cache_clear()
+    assert choose("auto", card)[0].name == "sdpa-cudnn" and not timer.calls
+
+
 def test_times_of_other_versions_do_not_count(timer, monkeypatch):
     table.save([entry(versions={**table.versions(), "torch": "1.0"})], table.cache_file())
     choose("auto", on_card(1_000, name="Card"))

@@ -95,10 +95,8 @@ def _by_time(name: str, s: Situation, legal: Sequence[str], may_tune: bool) -> t
     entries = {}
     for window in dict.fromkeys(s.windows):
         entry = table.find(s, window)
-        if entry is None and may_tune:
-            entry = tuning.tune(s, window, worth)
-            if entry is not None and entry.ms:
-                table.remember(entry)
+        if may_tune:
+            entry = _measured(s, window, worth, entry)
         if entry is None:
             why = f"the {tuning.SECONDS:g} s for tuning are used up" if may_tune else "this is no time to tune"
             return None, f"windows of {window:,} tokens were not measured on this kind of card, and {why}"
@@ -117,6 +115,20 @@ def _by_time(name: str, s: Situation, legal: Sequence[str], may_tune: bool) -> t
     if name == AUTO_INT8:
         words.append(_eight_bits(best, timed))
     return best, "; ".join([*words, *left_out])
+
+
+def _measured(s: Situation, window: int, worth: Sequence[str], known: table.Entry | None) -> table.Entry | None:
+    """What is known of a window, with what could not be timed before: those times are taken now, and remembered."""
+    missing = list(worth) if known is None else known.to_be_tried(worth)
+    if not missing:
+        return known
+    found = tuning.tune(s, window if known is None else known.window, missing)
+    if found is None:
+        return known
+    entry = found if known is None else known.joined(found)
+    if entry.ms:
+        table.remember(entry)
+    return entry
 
 
 def _times(entry: table.Entry, timed: Sequence[str]) -> str:

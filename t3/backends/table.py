@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +20,7 @@ from .registry import BACKENDS, Situation
 
 log = logging.getLogger(__name__)
 SHIPPED = Path(__file__).with_name("measured.json")
+NO_TIME = "no time was left"
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,18 @@ class Entry:
         if not all(isinstance(text, str) for text in texts):
             raise ValueError("an entry has a text that is none")
         return entry
+
+    def to_be_tried(self, backends: Iterable[str]) -> list[str]:
+        """Those that gave no time for want of it, or of memory, which says nothing of the next try."""
+        if self.versions != versions():
+            return []
+        passing = [name for name, why in self.failed.items() if why == NO_TIME or why.startswith("OutOfMemoryError")]
+        return [name for name in backends if name in passing]
+
+    def joined(self, later: Entry) -> Entry:
+        """This entry with what was found later of the same window."""
+        failed = {name: why for name, why in self.failed.items() if name not in later.ms} | later.failed
+        return replace(later, ms={**self.ms, **later.ms}, failed=failed)
 
     @property
     def place(self) -> tuple:

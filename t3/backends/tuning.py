@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .registry import BACKENDS, Backend, Situation
-from .table import Entry, versions
+from .table import NO_TIME, Entry, versions
 
 log = logging.getLogger(__name__)
 # For all the tuning of one process.
@@ -69,7 +69,7 @@ def tune(
         if BACKENDS[name].slow_start and not patient:
             failed[name] = "compiles for longer than tuning may take"
         elif clock() - began > allowed:
-            failed[name] = "no time was left"
+            failed[name] = NO_TIME
         else:
             try:
                 ms[name] = round(timer(BACKENDS[name], s, windows, window, heads), 4)

@@ -6,8 +6,8 @@ What a library takes for itself inside a convolution is not known beforehand: `w
 
 from __future__ import annotations
 
+import contextlib
 import math
-import os
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +23,17 @@ DEPTH = 3
 _SHARE = 0.95
 # Bytes taken for every byte counted, on accelerators. The most that was measured beside cuDNN is 1.10.
 _ROOM = 1.15
+# A container's limit, what is used of it, and by what: files that were read stay until somebody needs the room.
+_CGROUP = Path("/sys/fs/cgroup")
+_CONTAINERS = (
+    ("memory.max", "memory.current", "memory.stat", ("active_file", "inactive_file", "slab_reclaimable")),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        ("total_active_file", "total_inactive_file"),
+    ),
+)
 
 
 def middle_bytes(structure: Structure, height: int, width: int, itemsize: int) -> int:
@@ -139,19 +150,15 @@ def free_for_each(device: torch.device, ranks: int) -> int:
 
 def _available() -> int:
     """Main memory that can be had without swapping; within a container's limit where there is one."""
-    found = []
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                found.append(int(line.split()[1]) * 1024)
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        if limit != "max":
-            found.append(max(0, int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text())))
-    except (OSError, ValueError):
-        pass
-    if not found and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
-    return min(found, default=4 << 30)
+    import psutil
+
+    available = psutil.virtual_memory().available
+    for limit, used, details, cached in _CONTAINERS:
+        with contextlib.suppress(OSError, ValueError):  # no container of this kind, or the word "max" for no limit
+            room = int((_CGROUP / limit).read_text()) - int((_CGROUP / used).read_text())
+            found = dict(line.split() for line in (_CGROUP / details).read_text().splitlines())
+            available = min(available, max(0, room + sum(int(found.get(name, 0)) for name in cached)))
+    return available
 
 
 def is_out_of_memory(error: BaseException) -> bool:
