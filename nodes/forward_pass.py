@@ -87,7 +87,8 @@ def plan_forward_pass(
         return None
     situation = Situation(x.device, base.get_dtype_inference(), wan.head_size(model))
     backend = _backend(settings, options, situation, layout, windowed, say)
-    compiled = estimate.is_compiled(options.get("wrappers", {}))
+    # By the host's node, or by another that puts a compiled model in place of the plain one.
+    compiled = estimate.is_compiled(options.get("wrappers", {})) or model is not base.diffusion_model
     share = _share(settings, base, model, layout, x, situation.dtype, compiled, say)
     memory = None if share.heads is None else _memory(model, layout, x, situation.dtype, windowed)
     found = ForwardPass(layout, partitions, backend, share, memory)

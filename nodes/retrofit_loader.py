@@ -128,6 +128,8 @@ def _plan(model, found: Identity, connected: Plan | None) -> PlanOfWeights | Non
         return None
     if before is None:
         return PlanOfWeights(named, named)
+    if before.tuned is None and before.chosen == named:
+        return PlanOfWeights(named, named)
     if before.tuned == named:
         # A plan connected to a node before stays chosen.
         return before

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from .sources import Sources
 
 
-_MOST_16 = 65535
 _GIVE_FIRST = 'Name one: "image" in a prompt file, or --image in t3.generate.'
 _GIVE_LAST = 'Name one: "last_image" in a prompt file, or --last-image in t3.generate.'
 
@@ -26,7 +25,7 @@ def load_image(path: Path, height: int, width: int) -> Image.Image:
 
     try:
         with Image.open(path) as image:
-            upright = _eight_bit(ImageOps.exif_transpose(image), path).convert("RGB")
+            upright = ImageOps.exif_transpose(_eight_bit(image, path)).convert("RGB")
     except FileNotFoundError:
         raise T3Error(f"the image {path} does not exist.") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL raises SyntaxError for broken PNGs
@@ -36,14 +35,12 @@ def load_image(path: Path, height: int, width: int) -> Image.Image:
 
 def _eight_bit(image: Image.Image, path: Path) -> Image.Image:
     """Grey images of 16 bits in 8, which `convert` would cut off at 255. Raises `T3Error` for wider numbers."""
-    if image.mode.startswith("I;16"):
-        image = image.convert("I")
-    if image.mode not in ("I", "F"):
-        return image
-    _, most = image.getextrema()
-    if image.mode == "F" or not isinstance(most, (int, float)) or most > _MOST_16:
+    # A PNG has no more than 16 bits; some releases of PIL open those as wider numbers.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        return image.convert("I").point(lambda value: value / 257).convert("L")
+    if image.mode in ("I", "F"):
         raise T3Error(f"{path} has pixels of 32 bits, whose range is not known. Save it with 8 or 16 bits.")
-    return image.point(lambda value: value / 257).convert("L")
+    return image
 
 
 def check_images(clips: Iterable[tuple[str, Clip]], sources: Sources) -> None:

@@ -194,7 +194,7 @@ def test_captions_of_several_lines_and_odd_separators_in_a_csv(tmp_path):
     with pytest.raises(T3Error, match="lines.csv, entry 4, names no file"):
         list_clips(tmp_path / "lines.csv")
     (tmp_path / "huge.csv").write_text("file,caption\n1.mp4," + "x" * 200_000)
-    with pytest.raises(T3Error, match="huge.csv, line 1, is broken CSV: field larger"):
+    with pytest.raises(T3Error, match="huge.csv, line 2, is broken CSV: field larger"):
         list_clips(tmp_path / "huge.csv")
 
 

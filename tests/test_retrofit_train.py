@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from diffusers import WanTransformer3DModel
 from retrofit_fixtures import PLAN, write_clips, write_config, write_model
 from safetensors.torch import load_file
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from t3 import Plan
 from t3.processor import install_t3
@@ -283,6 +284,22 @@ def test_another_config_is_not_resumed(run, capsys):
     assert run()[0] == 0
     assert run("run", "--resume", train={"batch": 1})[0] == 2
     assert "[train] batch has changed" in capsys.readouterr().err
+
+
+def test_moments_come_back_under_names_that_wrappers_change(tmp_path):
+    def make():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 4), checkpoint_wrapper(torch.nn.Linear(4, 4)))
+        return model, torch.optim.AdamW(model.parameters())
+
+    model, optimizer = make()
+    model(torch.randn(3, 4)).sum().backward()
+    optimizer.step()
+    folder = checkpoint.save(tmp_path, 1, checkpoint.collect(model, optimizer, None), {}, 1)
+    again, other = make()
+    checkpoint.load(folder, again, other, None)
+    for one, two in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(optimizer.state[one]["exp_avg"], other.state[two]["exp_avg"])
 
 
 def test_a_damaged_checkpoint_is_named(run, capsys):

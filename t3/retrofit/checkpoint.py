@@ -109,9 +109,11 @@ def load(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
     _put(model, parts["weights"])
     groups = get_optimizer_state_dict(model, optimizer, options=_SPREAD)["param_groups"]
     set_optimizer_state_dict(model, optimizer, {"state": states, "param_groups": groups}, options=_SPREAD)
-    # To have a place for every state torch takes a step of nothing. What had no gradient yet has none to count.
+    # To have a place for every state torch takes a step of nothing. What had no gradient yet has none to count. Only
+    # names that are surely the checkpoint's: wrappers put words of their own into a parameter's.
+    stateless = parts["weights"].keys() - states.keys()
     for name, parameter in model.named_parameters():
-        if name.removeprefix("module.") not in states:
+        if name.removeprefix("module.") in stateless:
             optimizer.state.pop(parameter, None)
 
 

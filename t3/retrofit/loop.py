@@ -138,6 +138,14 @@ class Loop:
             found = dict(zip(found, numbers, strict=True))
         return found, reserve, bool(stop)
 
+    def anywhere(self, here: bool) -> bool:
+        """Whether something is so on any process."""
+        if self.words is None:
+            return here
+        found = torch.tensor(float(here))
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=self.words)
+        return bool(found)
+
     def take_step(self, stage: Stage, done: float) -> None:
         """One step of the optimiser; `done` is the part of the stage that will then be over."""
         session, train, at = self.session, self.config.train, self.at
@@ -233,9 +241,9 @@ class Loop:
         with self.finish.timed("checkpoint"):
             parts = checkpoint.collect(session.objective, session.optimizer.optimizer, session.average)
             self.unsaved = None
+            if self.anywhere(not all(tensor.isfinite().all() for tensor in parts["weights"].values())):
+                raise self.astray("weights are not finite")
             if session.main:
-                if not all(tensor.isfinite().all() for tensor in parts["weights"].values()):
-                    raise self.astray("weights are not finite")
                 try:
                     checkpoint.save(self.folder, step, parts, self.state(), self.config.output.keep)
                 except checkpoint.NotSaved as error:
@@ -294,7 +302,7 @@ class Loop:
 def check_data(state: dict[str, Any], marks: dict[str, str], folder: Path) -> None:
     """Raise `T3Error` where a data set holds other clips than when a checkpoint was written: it would go on with
     others, and measure on some that it was trained on."""
-    changed = [name for name, mark in marks.items() if state["data"].get(name) != mark]
+    changed = [name for name, mark in marks.items() if state.get("data", {}).get(name) != mark]
     if changed:
         raise T3Error(
             f"{' and '.join(changed)} changed since {folder} was written: other clips would be trained on and "

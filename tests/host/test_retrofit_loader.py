@@ -179,6 +179,11 @@ def test_of_a_file_without_a_plan_a_connected_one_tells_nothing(pack, files, nod
     assert "Whether these weights are T3-tuned cannot be told from the file" in report
     with pytest.raises(ValueError, match=r"tuned for plan 'tuned', and those loaded before them were given 'test'"):
         run(node, model=patched, file=retrofit(files)[0])
+    # One that is tuned for just that plan goes with it.
+    plan = sys.modules[f"{pack.__name__}.t3"].Plan.from_json(PLAN.to_json())
+    chosen, _ = run(node, model=model("t2v"), file=files.save(tensors), custom_plan=plan)
+    _, report = run(node, model=chosen, file=retrofit(files)[0])
+    assert "T3 attention with plan tuned, from the file" in report
 
 
 def test_another_base_is_warned_of(pack, files, node, caplog):
