@@ -109,7 +109,7 @@ def _merge(args: argparse.Namespace, dialect: Dialect | None) -> int:
     out = respell(file, found, dialect) if dialect else Respelled(as_it_is(file), file.metadata)
     if file.changed or args.plan != "auto":
         out.metadata = _metadata(out.metadata, base, found, applied, plan)
-    out.notes += [*file.notes, *_notes(args, sources, file, plan)]
+    out.notes += [*file.notes, *_notes(args, sources, file, found, plan)]
     _say_read(args, base, found)
     for adapter, step in zip(applied, file.steps, strict=True):
         cli.say(f"applied    {adapter.path.name}: {step.report.describe()}")
@@ -146,7 +146,9 @@ def _metadata(
     return {key: value for key, value in kept.items() if key not in KEYS} | t3.to_header()
 
 
-def _notes(args: argparse.Namespace, sources: Sources, file: MergedFile, plan: Plan | None) -> list[str]:
+def _notes(
+    args: argparse.Namespace, sources: Sources, file: MergedFile, found: Identity, plan: Plan | None
+) -> list[str]:
     notes = []
     if not file.changed:
         notes.append("every file is at strength 0: the tensors are those of the base, bit for bit")
@@ -159,7 +161,8 @@ def _notes(args: argparse.Namespace, sources: Sources, file: MergedFile, plan: P
             "writes one"
         )
     folder = args.file if args.file.is_dir() else args.file.parent
-    if "_class_name" in file.sibling_config() and args.out.absolute().parent != folder.absolute():
+    moved = args.out.absolute().parent != folder.absolute()
+    if moved and not found.strange_config and "_class_name" in file.sibling_config():
         notes.append("programs that read the config.json beside the base need a copy of it beside the new file")
     return notes
 

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 from . import cli
 from .embedded import embedded_folder
 from .errors import T3Error
+from .files import check_output
 from .weights import identify, open_weights
 from .weights.layout_text import text_layout
 from .weights.respell import respell
 from .weights.spelling import dialect_of
-from .weights.write import Entry, tensor_entry, write_safetensors
+from .weights.write import Entry, is_written, tensor_entry, write_safetensors
 
 if TYPE_CHECKING:
     import torch
@@ -133,13 +134,21 @@ def _sentencepiece(pieces: list[str]) -> bytes:
     return model.SerializeToString()
 
 
-def write_files(folder: Path, models: Path, *, overwrite: bool = False) -> list[Path]:
-    """Write the files for a model like the embedded one into ComfyUI's folder of models; returns their paths."""
-    written = []
-    for part, name in FILES.items():
-        entries, metadata = host_file(folder, part)
-        written.append(write_safetensors(models / name, entries, metadata, overwrite=overwrite))
-    return written
+def write_files(folder: Path, models: Path, *, overwrite: bool = False) -> dict[Path, bool]:
+    """Write the files for a model like the embedded one into ComfyUI's folder of models.
+
+    Returns for each path whether it was written; those that held the same already are left as they are.
+    Raises `T3Error` before the first is written where one of the places is taken or a package is missing.
+    """
+    files = {models / name: host_file(folder, part) for part, name in FILES.items()}
+    new = {path: not is_written(path, *content) for path, content in files.items()}
+    for path, (entries, _) in files.items():
+        if new[path]:
+            check_output(path, overwrite, need_bytes=sum(entry.nbytes for entry in entries))
+    for path, content in files.items():
+        if new[path]:
+            write_safetensors(path, *content, overwrite=overwrite)
+    return new
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -150,7 +159,7 @@ def build_parser() -> argparse.ArgumentParser:
         "(0.6 GB, nearly all of it zeros, since ComfyUI's smallest umT5 is that large).",
     )
     parser.add_argument("models", type=Path, help="ComfyUI's folder `models`")
-    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist and hold something else")
     return parser
 
 
@@ -163,8 +172,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _write(args: Any) -> int:
     if not args.models.is_dir():
         raise T3Error(f"{args.models}: no such folder. Give ComfyUI's `models`.")
-    for path in write_files(embedded_folder(), args.models, overwrite=args.overwrite):
-        cli.say(f"wrote      {path}")
+    for path, new in write_files(embedded_folder(), args.models, overwrite=args.overwrite).items():
+        cli.say(f"wrote      {path}" if new else f"is there   {path}, with the same content")
     return 0
 
 

@@ -81,12 +81,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--t3-weights",
         action="append",
         default=[],
-        metavar="FILE",
+        metavar="FILE[:STRENGTH]",
         help="T3-tuned checkpoint, diff or LoRA; twice for A14B",
     )
-    model.add_argument(
-        "--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="further LoRA; repeatable"
-    )
+    for name, what in (
+        ("lora", "further LoRA; repeatable"),
+        ("lora-high", "further LoRA for A14B's high-noise expert alone; repeatable"),
+        ("lora-low", "the same for its low-noise expert"),
+    ):
+        model.add_argument(f"--{name}", action="append", default=[], metavar="FILE[:STRENGTH]", help=what)
 
     clip = parser.add_argument_group("clip")
     clip.add_argument("--prompt", help="what to show")
@@ -98,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     clip.add_argument("--shard", type=_shard, metavar="I/N", help="this process's share of --prompts, e.g. 0/4")
     clip.add_argument("--image", type=Path, help="image to start from")
-    clip.add_argument("--last-image", type=Path, help="image to end in (first-and-last-frame models)")
+    clip.add_argument("--last-image", type=Path, help="image to end in (image-to-video models and VACE)")
     clip.add_argument("--height", type=int, help="pixels (default: 2176)")
     clip.add_argument("--width", type=int, help="pixels (default: 3840)")
     clip.add_argument("--frames", type=int, help="4n+1 (default: 81)")
@@ -167,6 +170,7 @@ def settle(args: argparse.Namespace) -> tuple[Sources, Plan, str, Grid]:
         image_encoder=args.image_encoder,
         t3_weights=args.t3_weights,
         loras=args.lora,
+        expert_loras=(args.lora_high, args.lora_low),
     )
     for name, value in (EMBEDDED_DEFAULTS if sources.embedded else DEFAULTS).items():
         if getattr(args, name) is None:

@@ -207,10 +207,14 @@ def _load_transformers(sources: Sources, dtype: torch.dtype, say: Say) -> list[W
         folder = fetch_folder(sources)
         parts = ["transformer", "transformer_2"][: sources.experts]
         transformers = [load_part(transformer_class(sources.transformer), folder, part, dtype) for part in parts]
+    if len(transformers) > 1:
+        for adapter in sources.loras:
+            if adapter.expert is None:
+                say(f"{adapter.path.name} goes to both experts; --lora-high and --lora-low are for one of them.")
     for i, transformer in enumerate(transformers):
         # One file serves all experts; several go to them in order.
         own = sources.t3_weights[i : i + 1] if len(sources.t3_weights) > 1 else sources.t3_weights
-        for adapter in (*own, *sources.loras):
+        for adapter in (*own, *sources.loras_of(i)):
             report = apply_weights(transformer, open_weights(adapter.path), adapter.strength)
             say(f"{adapter.path.name}: {report.describe()}")
     return transformers

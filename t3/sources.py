@@ -6,12 +6,13 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .errors import T3Error
 from .plan_choice import carried_plan
+from .strengths import split_strength
 from .weights import Identity, identify, known_config, open_weights, read_metadata
 from .weights.catalogue import HEADLESS_KINDS, not_headless
 from .weights.fit import check_fit
@@ -33,19 +34,22 @@ HUB = {
 }
 # Noise level, as a part of 1, below which the second expert takes over (Wan2.2's released configs).
 BOUNDARY = {False: 0.875, True: 0.9}
+EXPERTS = ("high", "low")  # by the noise each of two is for
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A file to be applied on top of the transformer, and how strongly."""
+    """A file to be applied on top of the transformer, and how strongly; expert: 0 or 1 where it is for one of two."""
 
     path: Path
     strength: float
     identity: Identity
+    expert: int | None = None
 
     def describe(self) -> str:
-        return f"{self.path.name} at {self.strength:g}: {self.identity.describe()}"
+        whom = "" if self.expert is None else f" for the {EXPERTS[self.expert]}-noise expert"
+        return f"{self.path.name}{whom} at {self.strength:g}: {self.identity.describe()}"
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class Sources:
     plan_from: str = "the weights"
     plan_conflict: str | None = None
     tuned: str = "cannot tell"
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     @property
     def latent_channels(self) -> int:
@@ -117,14 +121,18 @@ class Sources:
     def needs_image_encoder(self) -> bool:
         return self.transformer.get("image_dim") is not None
 
+    def loras_of(self, expert: int) -> list[Adapter]:
+        """The LoRAs of one expert, counted from 0: those for all, and its own."""
+        return [adapter for adapter in self.loras if adapter.expert in (None, expert)]
+
     def fingerprint(self) -> list[list]:
-        """Path, size and time of change of every file that decides what is sampled, and strengths: equal when the
-        weights are."""
-        files = [(path, 1.0) for path in (*self.dits, self.text_encoder) if path]
-        files += [(adapter.path, adapter.strength) for adapter in (*self.t3_weights, *self.loras)]
+        """Path, size and time of change of every file that decides what is sampled, and of adapters the strength and
+        whom they are for: equal when the weights are."""
+        files: list[tuple] = [(path, 1.0) for path in (*self.dits, self.text_encoder) if path]
+        files += [(one.path, one.strength, one.expert) for one in (*self.t3_weights, *self.loras)]
         if self.folder:
             files += [(path, 1.0) for path in sorted(self.folder.glob("transformer*/*.safetensors"))]
-        return [[str(path), path.stat().st_size, path.stat().st_mtime_ns, strength] for path, strength in files]
+        return [[str(path), path.stat().st_size, path.stat().st_mtime_ns, *how] for path, *how in files]
 
     def describe(self) -> list[str]:
         """What would be loaded, a line each."""
@@ -138,7 +146,7 @@ class Sources:
         named += [("tokenizer", self.tokenizer), ("image encoder", self.image_encoder)]
         lines += [f"{what} {path}" for what, path in named if path]
         lines += [f"T3 weights {adapter.describe()}" for adapter in self.t3_weights]
-        return lines + [f"LoRA {adapter.describe()}" for adapter in self.loras]
+        return [*lines, *(f"LoRA {adapter.describe()}" for adapter in self.loras), *self.notes]
 
 
 def find_sources(
@@ -151,12 +159,14 @@ def find_sources(
     image_encoder: str | None = None,
     t3_weights: Sequence[str] = (),
     loras: Sequence[str] = (),
+    expert_loras: Sequence[Sequence[str]] = ((), ()),
 ) -> Sources:
     """Find and check everything that the arguments name, reading headers and configs only.
 
     `model` is a diffusers folder or hub id; single files take the place of its parts, or make a model of their own.
     `dit`: one file, or two for Wan2.2 A14B (high noise first). `t3_weights`: a full checkpoint, diff or LoRA, one for
-    each expert. `loras`: `FILE` or `FILE:STRENGTH`. Nothing at all means the embedded model.
+    each expert. `loras`: `FILE` or `FILE:STRENGTH`; `expert_loras`: those for A14B's high-noise expert alone, and for
+    its low-noise one. Nothing at all means the embedded model.
     Raises `T3Error` for what is missing, broken, or of the wrong kind.
     """
     if len(dit) > 2:
@@ -179,7 +189,7 @@ def find_sources(
     for option, value in (("tokenizer", tokenizer), ("image_encoder", image_encoder)):
         if value:
             base[option] = _existing(value, f"--{option.replace('_', '-')}")
-    return _finish(base, t3_weights, loras)
+    return _finish(base, t3_weights, loras, expert_loras)
 
 
 def find_merge(base: str | Path, t3_weights: Sequence[str] = (), loras: Sequence[str] = ()) -> Sources:
@@ -217,7 +227,9 @@ def _in_force(adapters: Sequence[Adapter]) -> list[Adapter]:
     return [adapter for adapter in adapters if adapter.strength]
 
 
-def _finish(base: dict[str, Any], t3_weights: Sequence[str], loras: Sequence[str]) -> Sources:
+def _finish(
+    base: dict[str, Any], t3_weights: Sequence[str], loras: Sequence[str], expert_loras: Sequence[Sequence[str]]
+) -> Sources:
     transformer, vae = base["transformer"], base["vae"]
     if transformer["out_channels"] != vae["z_dim"]:
         raise T3Error(
@@ -229,6 +241,10 @@ def _finish(base: dict[str, Any], t3_weights: Sequence[str], loras: Sequence[str
         raise T3Error(f"{len(t3_weights)} --t3-weights files were given for {experts} transformer(s).")
     tuned_files = tuple(_adapter(text, "--t3-weights", transformer) for text in t3_weights)
     lora_files = tuple(_adapter(text, "--lora", transformer) for text in loras)
+    for expert, (name, texts) in enumerate(zip(EXPERTS, expert_loras, strict=True)):
+        if texts and experts < 2:
+            raise T3Error(f"--lora-{name} is for one of two experts, and {base['name']} is one model: use --lora.")
+        lora_files += tuple(replace(_adapter(text, f"--lora-{name}", transformer), expert=expert) for text in texts)
     carried = carried_plan(tuned_files, lora_files, base.pop("plans", []))
     base.update(carried)
     return Sources(
@@ -343,6 +359,7 @@ def _from_dits(dits: Sequence[Path]) -> dict[str, Any]:
         "plans": [identity.plan for identity in identities],
         "experts": len(dits),
         "boundary": BOUNDARY[is_i2v] if len(dits) == 2 else None,
+        "notes": tuple(note for one in identities if one.strange_config for note in one.notes),
     }
 
 
@@ -354,7 +371,7 @@ def _identify(path: Path, component: str, option: str) -> Identity:
 
 def _adapter(text: str, option: str, transformer: dict[str, Any], *, anywhere: bool = False) -> Adapter:
     """`anywhere`: for kinds of models that do not run here, too."""
-    path, strength = _split_strength(text, option)
+    path, strength = split_strength(text, option)
     file = open_weights(_existing(str(path), option))
     identity = identify(file)
     if identity.component != "dit":
@@ -372,18 +389,6 @@ def _adapter(text: str, option: str, transformer: dict[str, Any], *, anywhere: b
         )
     check_fit(file, identity, {name: param.shape for name, param in dit_layout(transformer).items()})
     return Adapter(path, strength, identity)
-
-
-def _split_strength(text: str, option: str) -> tuple[Path, float]:
-    """`FILE` or `FILE:STRENGTH`; a colon that belongs to the path (a Windows drive) is left alone."""
-    head, colon, tail = text.rpartition(":")
-    if colon and head and not Path(text).exists():
-        try:
-            return Path(head), float(tail)
-        except ValueError:
-            if Path(head).exists():
-                raise T3Error(f"{option} {text}: the strength {tail!r} is not a number.") from None
-    return Path(text), 1.0
 
 
 def _existing(path: str, option: str) -> Path:

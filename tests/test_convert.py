@@ -13,11 +13,14 @@ from weights_fixtures import one_thread, original_state, save, tiny_transformer,
 from weights_kinds import DIALECTS, adapter, by_hand, full_tensors, kind_names, kind_state
 
 from t3 import convert
+from t3.embedded_files import _sentencepiece
 from t3.plan import Plan
 from t3.weights import identify, open_weights
 from t3.weights.adapters import apply_piece
+from t3.weights.layout_text import text_layout
 from t3.weights.respell import respell
 from t3.weights.spelling import dialect_of
+from t3.weights.tokenizer import EMBEDDED
 from t3.weights.write import write_safetensors
 
 PLAN = Plan.preset("wan2.1-4k").to_json()
@@ -126,6 +129,67 @@ def test_scaled_fp8_models_keep_their_scales(tmp_path):
     assert identify(new).problem is None and f"{prefix}scaled_fp8" in new and not out.dropped
     assert list(json.loads(new.metadata["_quantization_metadata"])["layers"]) == [prefix + name]
     assert torch.equal(new.read(f"{prefix}{name}.weight"), file.read(f"{name}.weight"))
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_the_marks_of_other_parts_are_left_out(tmp_path, capsys, scaled):
+    """A bundle's text encoder in scaled fp8 has a mark and layers of its own, which say nothing of the transformer."""
+    prefix, other, name = "model.diffusion_model.", "text_encoders.umt5xxl.transformer.", "blocks.0.ffn.0"
+    tensors = full_tensors("t2v", "comfyui", kind_state("t2v"))
+    mark, layer = torch.zeros(2).to(torch.float8_e4m3fn), {"format": "float8_e4m3fn"}
+    layers = {f"{other}x": layer}
+    tensors |= {f"{other}x.weight": torch.zeros(4, 4).to(torch.float8_e4m3fn), f"{other}x.scale_weight": torch.ones(1)}
+    tensors[f"{other}scaled_fp8"] = mark
+    if scaled:
+        tensors[f"{prefix}{name}.weight"] = tensors[f"{prefix}{name}.weight"].to(torch.float8_e4m3fn)
+        tensors |= {f"{prefix}{name}.scale_weight": torch.ones(1), f"{prefix}scaled_fp8": mark}
+        layers[prefix + name] = layer
+    path = save(tmp_path / "a.safetensors", tensors, {"_quantization_metadata": json.dumps({"layers": layers})})
+    for to, module in (("original", name), ("diffusers", "blocks.0.ffn.net.0.proj")):
+        out = tmp_path / f"{to}.safetensors"
+        status, _, err = run(capsys, path, "--to", to, "--out", out)
+        assert status == 0 and f"left out   {other}scaled_fp8" in err
+        new = open_weights(out)
+        assert set(new.companions()) == ({f"{module}.scale_weight", "scaled_fp8"} if scaled else set())
+        listed = json.loads(new.metadata.get("_quantization_metadata", '{"layers": {}}'))["layers"]
+        assert list(listed) == ([module] if scaled else [])
+
+
+@pytest.mark.parametrize("where", ["te", "te/tokenizer", "tokenizer", "inside", None])
+def test_text_encoders_for_comfyui_hold_their_tokenizer(tmp_path, capsys, where):
+    """Without it ComfyUI opens none."""
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_heads": 2, "num_layers": 1, "vocab_size": 300}
+    layout = text_layout({**sizes, "relative_attention_num_buckets": 32})
+    tensors = {name: torch.zeros(param.shape) for name, param in layout.items()}
+    pieces = _sentencepiece(["<pad>", "</s>", "<unk>", "a" * 200, "b"])
+    if where == "inside":
+        tensors[EMBEDDED] = torch.frombuffer(bytearray(pieces), dtype=torch.uint8)
+    elif where:
+        (tmp_path / where).mkdir(parents=True)
+        (tmp_path / where / "spiece.model").write_bytes(pieces)
+    (tmp_path / "te").mkdir(exist_ok=True)
+    path, out = save(tmp_path / "te" / "a.safetensors", tensors), tmp_path / "b.safetensors"
+    status, text, err = run(capsys, path, "--to", "comfyui", "--out", out, "--json")
+    assert status == 0 and "left out" not in err and identify(open_weights(out)).problem is None
+    new = load_file(out)
+    if where:
+        assert bytes(new[EMBEDDED].tolist()) == pieces and "WARNING" not in text
+        assert ("spiece.model is inside" in text) == (where != "inside")
+    else:
+        assert EMBEDDED not in new and "ComfyUI cannot use this file" in text and "google/umt5-xxl" in text
+
+
+@pytest.mark.parametrize("content", ["pointer", "cut", "larger"])
+def test_what_is_no_tokenizer_of_it_is_not_put_in(tmp_path, capsys, content):
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_heads": 2, "num_layers": 1, "vocab_size": 4}
+    layout = text_layout({**sizes, "relative_attention_num_buckets": 32})
+    path = save(tmp_path / "a.safetensors", {name: torch.zeros(param.shape) for name, param in layout.items()})
+    pieces = _sentencepiece(["<pad>", "</s>", "<unk>", "a", "b"])
+    wrong = {"pointer": b"version https://git-lfs", "cut": pieces[:20], "larger": pieces}[content]
+    (tmp_path / "spiece.model").write_bytes(wrong)
+    status, _, err = run(capsys, path, "--to", "comfyui", "--out", tmp_path / "b.safetensors")
+    want = "has 5 pieces, and the text encoder 4" if content == "larger" else "is no SentencePiece model"
+    assert status == 2 and want in err and not (tmp_path / "b.safetensors").exists()
 
 
 def test_what_a_bundle_holds_beside_is_left_out_and_named(tmp_path, capsys):

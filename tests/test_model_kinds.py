@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from small_models import build
 
 from t3 import generate
+from t3.errors import T3Error
 from t3.latents import load_latents
+from t3.pipeline import _load_transformers
 from t3.plan import Grid, Plan
 from t3.sources import find_sources
 
@@ -137,6 +139,31 @@ def test_what_a_model_cannot_do_is_said(capsys, here, models, kind, more, words)
     err = capsys.readouterr().err
     assert status == 2 and re.search(words, err), err
     assert not Path("clip.mp4").exists()
+
+
+def test_loras_of_two_experts_go_where_they_are_meant_to(capsys, here, models):
+    """Most come in pairs, one for each expert."""
+    name, folder, said = "blocks.0.attn1.to_q", models("a14b-t2v"), []
+    width = len(load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")[f"{name}.bias"])
+    for file, amount in (("all", 1.0), ("high", 4.0), ("low", 40.0)):
+        up, down = torch.zeros(width, 1), torch.zeros(1, width)
+        up[0], down[0, 0] = amount, 1.0
+        save_file({f"{name}.lora_B.weight": up, f"{name}.lora_A.weight": down}, f"{file}.safetensors")
+    named = {"loras": ["all.safetensors"], "expert_loras": (["high.safetensors:0.5"], ["low.safetensors"])}
+    sources = find_sources(model=str(folder), **named)
+    plain = _load_transformers(find_sources(model=str(folder)), torch.float32, said.append)
+    changed = _load_transformers(sources, torch.float32, said.append)
+    weights = [dict(transformer.named_parameters())[f"{name}.weight"] for transformer in (*plain, *changed)]
+    assert [(weights[i + 2] - weights[i])[0, 0].item() for i in range(2)] == pytest.approx([3.0, 41.0], abs=1e-5)
+    assert said[0].startswith("all.safetensors goes to both experts; --lora-high")
+    assert any("high.safetensors for the high-noise expert at 0.5" in line for line in sources.describe())
+    alone = [
+        find_sources(model=str(folder), expert_loras=loras)
+        for loras in ((["low.safetensors"], []), ([], ["low.safetensors"]))
+    ]
+    assert alone[0].fingerprint() != alone[1].fingerprint()
+    with pytest.raises(T3Error, match="--lora-low is for one of two experts, and t2v is one model: use --lora"):
+        find_sources(model=str(models("t2v")), expert_loras=((), ["low.safetensors"]))
 
 
 def test_a_clip_from_an_image_leaves_nothing_on_the_card_under_offload(capsys, here, models, monkeypatch):

@@ -104,8 +104,8 @@ def _table(file: Path) -> Iterator[tuple[int, Any]]:
             for row in rows:
                 yield rows.line_num, row
         except csv.Error as error:
-            line = rows.reader.line_num  # `rows` knows the last good one's
-            raise T3Error(f"{file}, line {line}, is broken CSV: {error}. Correct it there.") from None
+            broken = rows.reader.line_num  # `rows` knows the last good one's
+            raise T3Error(f"{file}, line {broken}, is broken CSV: {error}. Correct it there.") from None
         return
     try:
         if file.suffix.lower() == ".json":

@@ -198,18 +198,14 @@ def _form(pieces: list[Piece]) -> str:
 
 
 def scale_of(file: WeightFile, piece: Piece) -> float:
-    """What the file itself multiplies a piece by: alpha / rank. Reads the alpha.
+    """What the file itself multiplies a piece by: alpha / rank. Reads the alpha, without any tensor library.
 
     Raises T3Error when the alpha is no finite number.
     """
     if piece.alpha is None:
         return piece.scale
-    if math.prod(file.shape(piece.alpha)) != 1:
-        raise T3Error(
-            f"{file.path}: {piece.alpha!r} has shape {list(file.shape(piece.alpha))}; an alpha is one number."
-        )
-    value = float(file.read_raw(piece.alpha).float().item())
+    value = file.number(piece.alpha)
     if not math.isfinite(value):
-        raise T3Error(f"{file.path}: {piece.alpha!r} is {value}; an alpha is a finite number.")
+        raise T3Error(f"{file.path}: {piece.alpha!r} is {value}; an alpha is a finite number, mostly the rank or less.")
     # A LoKr of two whole factors has no rank, and its alpha no meaning (as in LyCORIS and ComfyUI).
     return value / piece.rank if piece.rank else 1.0

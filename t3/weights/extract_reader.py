@@ -101,7 +101,7 @@ class Model:
 def open_model(source: WeightFile | Mapping[str, torch.Tensor], role: str) -> Model:
     """Recognise a whole transformer. `role`: "BASE" or "TUNED", for messages.
 
-    Raises T3Error for anything else, and for GGUF files.
+    Raises T3Error for anything else, and for files whose numbers are not read here (GGUF, int8, mxfp8, ...).
     """
     file = source if isinstance(source, WeightFile) else TensorsByName(source, f"the {role.lower()} model")
     if file.container == "gguf":
@@ -119,6 +119,8 @@ def open_model(source: WeightFile | Mapping[str, torch.Tensor], role: str) -> Mo
         raise T3Error(f"{role} {file.path} is a {found.component} ({found.model}), not a Wan transformer.")
     if found.problem:
         raise T3Error(f"{role}: {found.problem}")
+    if found.quantised:
+        raise T3Error(f"{role}: {found.quantised}")
     return Model(file, found)
 
 

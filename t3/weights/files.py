@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -17,6 +19,11 @@ if TYPE_CHECKING:
     import torch
 
 INDEX_SUFFIX = ".safetensors.index.json"
+# How `struct` reads one number of a format; bfloat16 is the upper half of a float32.
+_NUMBERS = {
+    **{"F64": "<d", "F32": "<f", "F16": "<e", "BF16": "<f"},
+    **{"I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b", "U64": "<Q", "U32": "<I", "U16": "<H", "U8": "<B"},
+}
 FOLDER_NAMES = ("diffusion_pytorch_model", "model", "adapter_model", "pytorch_lora_weights")
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors$")
 
@@ -81,15 +88,24 @@ class WeightFile:
         """Type, shape and size of one tensor. Raises KeyError for an unknown name."""
         return self._info[key]
 
+    @property
+    def folder(self) -> Path:
+        """Where the weights lie, and what belongs to them beside."""
+        return self.path if self.path.is_dir() else self.path.parent
+
     def sibling_config(self) -> dict[str, Any]:
-        """The diffusers or transformers `config.json` beside the weights, or an empty dict."""
-        folder = self.path if self.path.is_dir() else self.path.parent
-        return _json_or_empty(folder / "config.json")
+        """The diffusers or transformers `config.json` beside the weights, or an empty dict when there is none.
+
+        Raises T3Error when it is there and cannot be read.
+        """
+        return self.sibling("config.json")
 
     def sibling(self, name: str) -> dict[str, Any]:
-        """Another JSON file beside the weights (`adapter_config.json`), or an empty dict."""
-        folder = self.path if self.path.is_dir() else self.path.parent
-        return _json_or_empty(folder / name)
+        """A JSON file beside the weights (`adapter_config.json`), or an empty dict when there is none.
+
+        Raises T3Error when it is there and is no JSON object that can be read.
+        """
+        return _json_if_there(self.folder / name)
 
     def read_raw(self, key: str) -> torch.Tensor:
         """One tensor exactly as stored, on the CPU, mapped from the file (copy-on-write)."""
@@ -128,6 +144,21 @@ class WeightFile:
                 left -= len(piece)
                 yield piece
 
+    def number(self, key: str) -> float:
+        """The number that a tensor of one element holds. Needs no tensor library.
+
+        Raises T3Error when it holds another count of numbers, or is stored in a format that scales have no use for.
+        """
+        info = self._info[key]
+        if math.prod(info.shape) != 1:
+            raise T3Error(f"{self.path}: {key!r} has shape {list(info.shape)}; it has to be one number.")
+        if info.dtype not in _NUMBERS:
+            raise T3Error(
+                f"{self.path}: {key!r} is stored as {info.dtype}; one number is read as {', '.join(_NUMBERS)}."
+            )
+        raw = b"".join(self.pieces(key))
+        return float(struct.unpack(_NUMBERS[info.dtype], bytes(2) + raw if info.dtype == "BF16" else raw)[0])
+
     def read(self, key: str) -> torch.Tensor:
         """One tensor on the CPU; a scaled fp8 weight comes back as float32 `weight * scale`.
 
@@ -155,12 +186,17 @@ def _read_some(stream: BinaryIO, size: int, path: Path) -> bytes:
     return piece
 
 
-def _json_or_empty(path: Path) -> dict[str, Any]:
+def _json_if_there(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        # Editors on Windows put a mark before UTF-8, which is no JSON.
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
         return {}
-    return found if isinstance(found, dict) else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise T3Error(f"{path} cannot be read ({error}).") from error
+    if not isinstance(found, dict):
+        raise T3Error(f"{path} cannot be read: it holds no JSON object, but {json.dumps(found)[:40]}.")
+    return found
 
 
 def _shards_of_index(index: Path) -> list[Path]:

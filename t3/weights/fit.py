@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 from ..errors import T3Error
-from .adapter_file import AdapterFile, Piece
+from .adapter_file import AdapterFile, Piece, scale_of
 from .arithmetic import TENSOR_ROLE, Shape, by_rows, result_shape
 from .catalogue import name_of_width
 from .dialects import DIT
@@ -36,6 +36,8 @@ def check_fit(file: WeightFile, found: Identity, shapes: Mapping[str, Shape]) ->
         raise T3Error(f"{file.path} is a {found.component} ({found.model}), not weights for a Wan transformer.")
     if found.problem:
         raise T3Error(found.problem)
+    if found.quantised:
+        raise T3Error(found.quantised)
     if found.adapter:
         _check_adapter(file, found, found.adapter, shapes)
     else:
@@ -56,6 +58,8 @@ def _check_full(file: WeightFile, found: Identity, shapes: Mapping[str, Shape]) 
 
 def _check_adapter(file: WeightFile, found: Identity, adapter: AdapterFile, shapes: Mapping[str, Shape]) -> None:
     absent = [piece.target for piece in adapter.pieces if piece.target not in shapes]
+    for piece in adapter.pieces:
+        scale_of(file, piece)  # raises where it is none; better now than once the model is loaded
     known = [piece for piece in adapter.pieces if piece.target in shapes]
     wrong = [odd for piece in known if (odd := misfit(file, piece, shapes[piece.target]))]
     if not absent and not wrong:

@@ -28,6 +28,8 @@ class Identity:
         t3: the file's T3 metadata.
         problem: why the file cannot be used anywhere, as a sentence with the way out; None when it can.
         elsewhere: why a file that is whole and known cannot be run headless; None when it can.
+        quantised: why numbers of a whole model are not read here, though ComfyUI may; None when all are.
+        strange_config: whether the config.json beside a file contradicts its tensors, and so adds nothing.
         notes: things a user should know that are no reason to stop.
         names: canonical name -> key in the file, for full models.
         adapter: the pieces, for adapters.
@@ -47,6 +49,8 @@ class Identity:
     t3: T3Metadata = field(default_factory=T3Metadata)
     problem: str | None = None
     elsewhere: str | None = None
+    quantised: str | None = None
+    strange_config: bool = False
     notes: list[str] = field(default_factory=list)
     names: dict[str, str] = field(default_factory=dict)
     adapter: AdapterFile | None = None

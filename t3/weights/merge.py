@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..errors import T3Error
 from .adapters import ApplyReport, Change, checked_result, other_base, read_changes
 from .files import WeightFile
 from .header import ITEM_BITS, TensorInfo
@@ -52,8 +53,11 @@ class MergedFile(WeightFile):
     def __init__(self, base: WeightFile, found: Identity, files: Sequence[tuple[WeightFile, float]]) -> None:
         """`found`: what `identify` says of the base; `files`: with the strength of each, in order.
 
-        Raises T3Error when a file does not fit the base, or a strength is no finite number.
+        Raises T3Error when the base's numbers are not read here, a file does not fit it, or a strength is no finite
+        number.
         """
+        if found.quantised:
+            raise T3Error(f"BASE {found.quantised}")
         self.path, self.shards, self.container = base.path, [], base.container
         self._base = base
         self._keys = found.names

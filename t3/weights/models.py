@@ -19,19 +19,17 @@ from .catalogue import (
     not_headless,
     transformer_name,
 )
+from .config_beside import config_beside
 from .dialects import DIT, VAE, Names, looks_like, read_names
 from .files import WeightFile
+from .gguf import PLAIN_TYPES
 from .header import FLOAT_TYPES
 from .identity import Identity, some
 from .layout_dit import Layout, dit_config, dit_layout
 from .layout_text import text_config, text_layout
 from .layout_vae import vae_config, vae_layout
 from .metadata import read_metadata
-from .scales import companion_of
-
-# A config.json beside the weights counts only if diffusers wrote it for the class we build; what it may add are facts
-# that shapes cannot show.
-_CLASSES = ("WanTransformer3DModel", "WanVACETransformer3DModel", "AutoencoderKLWan")
+from .scales import WAY_OUT, companion_of, why_unread
 
 
 def layout_of(component: str, config: dict[str, Any]) -> Layout:
@@ -78,23 +76,37 @@ def _identify_full(file: WeightFile) -> Identity:
     try:
         found.config = _config(file, names, shapes, found)
         layout = layout_of(names.component, found.config)
+    except T3Error as error:
+        found.problem = (
+            f"{file.path}: what the config.json beside it says of it is unknown. {error} Repair that file, or move it "
+            "away if it belongs to another model."
+        )
+        return found
     except (KeyError, IndexError, ValueError, TypeError, ZeroDivisionError) as error:
         reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
         found.problem = f"{file.path} is no whole Wan {names.component}: {reason}. Download or export it again."
         return found
     _check(file, found, shapes, layout)
-    if names.component == DIT:
-        _say_where_it_runs(file, found)
+    _say_where_it_runs(file, found)
     return found
 
 
 def _say_where_it_runs(file: WeightFile, found: Identity) -> None:
     assert found.config is not None
+    try:
+        found.quantised = _quantised(file, found.matched)
+    except T3Error as error:
+        found.problem = found.problem or str(error)
+    found.elsewhere = found.quantised
+    if found.component != DIT:
+        return
     found.kind = kind_of(found.config)
     if found.model in CANNOT_TELL:
         found.notes.append(CANNOT_TELL[found.model])
     if found.kind not in HEADLESS_KINDS:
         found.elsewhere = f"{file.path} is a {found.model} model. {not_headless(found.kind)}"
+        if found.quantised:  # and then it cannot be merged into either
+            found.elsewhere += f" {found.quantised}"
     elif file.container == "gguf":
         found.elsewhere = (
             f"{file.path} is a GGUF file, whose quantised tensors are not read headless. Use the bf16, fp16 or "
@@ -102,24 +114,26 @@ def _say_where_it_runs(file: WeightFile, found: Identity) -> None:
         )
 
 
+def _quantised(file: WeightFile, keys: list[str]) -> str | None:
+    """Why numbers of a file are not read here, though its names and shapes are known."""
+    if file.container == "gguf":
+        unread = [f"{key!r} is quantised as {file.dtype(key)}" for key in keys if file.dtype(key) not in PLAIN_TYPES]
+    else:
+        unread = [reason for key in keys if (reason := why_unread(file, key))]
+    if not unread:
+        return None
+    return (
+        f"{file.path}: the numbers of {len(unread)} tensors are not read here; {unread[0]}. "
+        f"{WAY_OUT.removesuffix('.')}, or load the file in ComfyUI."
+    )
+
+
 def _config(file: WeightFile, names: Names, shapes: dict[str, tuple[int, ...]], found: Identity) -> dict[str, Any]:
-    beside = file.sibling_config()
-    if beside.get("_class_name") not in _CLASSES:
-        beside = {}
     if names.component == DIT:
-        heads = _heads(file, beside)
-        # A stated head count stands in for the rule "128 per head", so the rule may not stop it.
-        probe = shapes if not heads else {**shapes, "head.modulation": (1, 2, 128)}
-        config = dit_config(probe)
-        if heads:
-            if found.width is None or found.width % heads:
-                raise ValueError(f"{heads} heads do not divide the width {found.width}")
-            config.update(num_attention_heads=heads, attention_head_dim=found.width // heads)
-        config.update({key: beside[key] for key in ("eps", "rope_max_seq_len") if key in beside})
-        if "vace_layers" in config and "vace_layers" in beside:
-            config["vace_layers"] = _vace_layers(beside["vace_layers"], config)
+        config = _dit_config(file, shapes, found)
     elif names.component == VAE:
         config = vae_config(shapes)
+        beside = _beside(file, found, config)
         statistics: dict[str, Any] = {key: beside[key] for key in LATENT_KEYS if key in beside}
         if len(statistics) < len(LATENT_KEYS):
             statistics = latent_statistics(config["z_dim"])
@@ -132,6 +146,30 @@ def _config(file: WeightFile, names: Names, shapes: dict[str, tuple[int, ...]], 
         config = text_config(shapes)
     found.model = transformer_name(config) if names.component == DIT else name_of(names.component, config) or "custom"
     return config
+
+
+def _dit_config(file: WeightFile, shapes: dict[str, tuple[int, ...]], found: Identity) -> dict[str, Any]:
+    # A stated head count stands in for the rule "128 per head", so the rule may not stop it.
+    any_heads = dit_config({**shapes, "head.modulation": (1, 2, 128)})
+    beside = _beside(file, found, any_heads)
+    heads = _heads(file, beside)
+    config = any_heads if heads else dit_config(shapes)
+    if heads:
+        if found.width is None or found.width % heads:
+            raise ValueError(f"{heads} heads do not divide the width {found.width}")
+        config.update(num_attention_heads=heads, attention_head_dim=found.width // heads)
+    config.update({key: beside[key] for key in ("eps", "rope_max_seq_len") if key in beside})
+    if "vace_layers" in config and "vace_layers" in beside:
+        config["vace_layers"] = _vace_layers(beside["vace_layers"], config)
+    return config
+
+
+def _beside(file: WeightFile, found: Identity, sizes: dict[str, Any]) -> dict[str, Any]:
+    beside, odd = config_beside(file, found.component, sizes, found.width)
+    if odd:
+        found.strange_config = True
+        found.notes.append(odd)
+    return beside
 
 
 def _vace_layers(stated: Any, config: dict[str, Any]) -> list[int]:

@@ -14,13 +14,14 @@ from typing import Any
 
 from ..errors import T3Error
 from .adapter_file import AdapterFile, Piece, scale_of
-from .dialects import DIT
+from .dialects import DIT, TEXT
 from .files import WeightFile
 from .header import ITEM_BITS
 from .identity import Identity
 from .peft_settings import SETTINGS_KEY
 from .scales import is_companion, rename_layers
 from .spelling import Dialect, full_names
+from .tokenizer import EMBEDDED, embeddable
 from .write import TORCH_TYPES, Entry, tensor_bytes
 
 # The role that takes a scale which has no tensor of its own.
@@ -71,23 +72,45 @@ def _respell_full(file: WeightFile, found: Identity, dialect: Dialect) -> Respel
     same_names = all(old == new for old, new in renamed.items())
     out = Respelled([], {})
     for key in file:
-        new = renamed.get(key) or (key if same_names else _companion(file, key, renamed, prefix))
+        new = renamed.get(key) or (key if same_names else _companion(file, key, renamed, found.prefix, prefix))
         if new is None:
             out.dropped.append(key)
         else:
             out.entries.append(_as_it_is(file, key, new))
     layers = {old.removesuffix(".weight"): new.removesuffix(".weight") for old, new in renamed.items()}
-    out.metadata = rename_layers(file, lambda stem: layers.get(stem, stem))
+    out.metadata = rename_layers(file, lambda stem: layers.get(stem, stem if same_names else None))
+    if found.component == TEXT and dialect.name == "comfyui":
+        _embed_tokenizer(file, found.config["vocab_size"], out)
     return out
 
 
-def _companion(file: WeightFile, key: str, renamed: dict[str, str], prefix: str) -> str | None:
-    """The new name of a tensor that says how another one is stored; None for any other tensor."""
+def _embed_tokenizer(file: WeightFile, vocabulary: int, out: Respelled) -> None:
+    """ComfyUI takes the tokenizer from inside of a text encoder's file, under this name, and opens none without it."""
+    if any(entry.name == EMBEDDED for entry in out.entries):
+        return
+    if inside := next((key for key in out.dropped if key.rpartition(".")[2] == EMBEDDED), None):
+        out.dropped.remove(inside)
+        out.entries.append(_as_it_is(file, inside, EMBEDDED))
+    elif beside := embeddable(file, vocabulary):
+        path, data = beside
+        out.entries.append(Entry(EMBEDDED, "U8", (len(data),), lambda: [data]))
+        out.notes.append(f"{path} is inside as `{EMBEDDED}`, from which ComfyUI takes the tokenizer")
+    else:
+        out.notes.append(
+            f"WARNING: ComfyUI cannot use this file: it takes the tokenizer from `{EMBEDDED}` inside, and none was "
+            "found. Put umT5's spiece.model (of google/umt5-xxl; Wan's models in diffusers' layout have it in the "
+            f"folder tokenizer) beside {file.path} and convert again"
+        )
+
+
+def _companion(file: WeightFile, key: str, renamed: dict[str, str], old_prefix: str, prefix: str) -> str | None:
+    """The new name of a tensor that says how others of this component are stored; None for any other tensor."""
     if not is_companion(key, file):
         return None
     stem, _, last = key.rpartition(".")
     if last == "scaled_fp8":
-        return prefix + last
+        # Each component of a bundle has its own, under its prefix.
+        return prefix + last if key == old_prefix + last else None
     weight = renamed.get(f"{stem}.weight")
     return weight and f"{weight.removesuffix('.weight')}.{last}"
 

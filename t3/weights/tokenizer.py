@@ -67,6 +67,41 @@ def tokenizer_from_sentencepiece(data: bytes, source: str) -> PreTrainedTokenize
     )
 
 
+def embeddable(file: WeightFile, vocabulary: int) -> tuple[Path, bytes] | None:
+    """The `spiece.model` beside a text encoder or in a `tokenizer` folder beside it or its folder, and its content.
+
+    Needs no tokenizer library. Raises T3Error when it cannot be read, is no SentencePiece model, or has more pieces
+    than `vocabulary`.
+    """
+    places = (file.folder, file.folder / "tokenizer", file.folder.parent / "tokenizer")
+    path = next((place / FILES[1] for place in places if (place / FILES[1]).is_file()), None)
+    if path is None:
+        return None
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise T3Error(f"Cannot read the tokenizer {path}: {error.strerror or error}.") from error
+    count = _count_pieces(data)
+    if not 0 < count <= vocabulary:
+        what = f"has {count:,} pieces, and the text encoder {vocabulary:,}" if count else "is no SentencePiece model"
+        raise T3Error(f"{path} {what}. Put umT5's {FILES[1]} there, or move this one away.")
+    return path, data
+
+
+def _count_pieces(data: bytes) -> int:
+    """How many pieces a serialized SentencePiece model begins with: field 1 of the message, each with its length."""
+    at = count = 0
+    while data[at : at + 1] == b"\x0a":
+        at, length, shift = at + 1, 0, 0
+        while at < len(data):
+            byte = data[at]
+            at, length, shift = at + 1, length | (byte & 127) << shift, shift + 7
+            if byte < 128:
+                break
+        at, count = at + length, count + 1
+    return count if at <= len(data) else 0
+
+
 def _from_path(path: Path) -> PreTrainedTokenizerFast | None:
     if path.is_dir():
         inside = [path / name for name in FILES] + [path / "tokenizer" / name for name in FILES]

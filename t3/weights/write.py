@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import struct
@@ -76,6 +77,35 @@ def write_safetensors(
     Raises T3Error when the place is taken or not writable, a name is there twice, or a tensor's bytes do not come out
     as many as its shape says.
     """
+    entries, head = _laid_out(path, entries, metadata)
+    final = check_output(path, overwrite, need_bytes=len(head) + sum(entry.nbytes for entry in entries))
+    with atomic_path(final, overwrite) as temp, temp.open("wb") as stream:
+        stream.write(head)
+        for entry in entries:
+            before = stream.tell()
+            for piece in entry.pieces():
+                stream.write(piece)
+            if stream.tell() - before != entry.nbytes:
+                raise T3Error(
+                    f"{entry.name!r} came out as {stream.tell() - before:,} bytes where {entry.dtype} "
+                    f"{list(entry.shape)} needs {entry.nbytes:,}; nothing was written."
+                )
+    return final
+
+
+def is_written(path: str | Path, entries: Sequence[Entry], metadata: Mapping[str, str]) -> bool:
+    """Whether a file holds, byte for byte, what `write_safetensors` would write there."""
+    entries, head = _laid_out(path, entries, metadata)
+    place = Path(path)
+    if not place.is_file() or place.stat().st_size != len(head) + sum(entry.nbytes for entry in entries):
+        return False
+    with place.open("rb") as stream:
+        pieces = itertools.chain([head], itertools.chain.from_iterable(entry.pieces() for entry in entries))
+        return all(stream.read(len(piece)) == piece for piece in pieces)
+
+
+def _laid_out(path: str | Path, entries: Sequence[Entry], metadata: Mapping[str, str]) -> tuple[Sequence[Entry], bytes]:
+    """The entries in the order of the file, and what stands before their data."""
     names = [entry.name for entry in entries]
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -92,16 +122,4 @@ def write_safetensors(
     raw += b" " * (-len(raw) % 8)
     if len(raw) > MAX_HEADER_BYTES:
         raise T3Error(f"{path} would need a header of {len(raw):,} bytes; the limit is {MAX_HEADER_BYTES:,}.")
-    final = check_output(path, overwrite, need_bytes=8 + len(raw) + at)
-    with atomic_path(final, overwrite) as temp, temp.open("wb") as stream:
-        stream.write(struct.pack("<Q", len(raw)) + raw)
-        for entry in entries:
-            before = stream.tell()
-            for piece in entry.pieces():
-                stream.write(piece)
-            if stream.tell() - before != entry.nbytes:
-                raise T3Error(
-                    f"{entry.name!r} came out as {stream.tell() - before:,} bytes where {entry.dtype} "
-                    f"{list(entry.shape)} needs {entry.nbytes:,}; nothing was written."
-                )
-    return final
+    return entries, struct.pack("<Q", len(raw)) + raw

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from host_nodes import run
@@ -79,7 +81,7 @@ def test_a_clip_is_the_same_as_by_the_command_line(pack, nodes, small, clip, eng
     assert (model.model.diffusion_model.num_heads, vae.latent_channels) == (2, 16)
     from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 
-    plan = pack.nodes.patch.Plan.from_json(engine.plan.to_json())
+    plan = sys.modules[f"{pack.__name__}.t3"].Plan.from_json(engine.plan.to_json())
     tuned = run(nodes["T3Attention"], model=model, custom_plan=plan)[0]
     (shifted,) = ModelSamplingSD3().patch(tuned, 5.0)
     (zeros,) = host.ConditioningZeroOut().zero_out(encoded(clip, " ".join(["a"] * PADDING_WORDS)))
