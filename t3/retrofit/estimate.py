@@ -41,14 +41,12 @@ def describe(config: Config, found: Found, clips: Clips) -> list[str]:
     )
     for pool in clips.pools:
         lines.append(f"           {pool.name}: {len(pool.clips)} of latents {' x '.join(map(str, pool.shape))}")
-    grids = {
-        stage.name: [_grid(pool.shape, found) for pool in drawn(clips.pools, stage.mix)] for stage in config.stages
-    }
+    grids = [[_grid(pool.shape, found) for pool in drawn(clips.pools, stage.mix)] for stage in config.stages]
     card = torch.cuda.is_available() and config.train.device != "cpu"
     kept = clips.nbytes if stay_on(config.data.resident, clips.nbytes, torch.device("cuda" if card else "cpu")) else 0
     needs = []
-    for stage in config.stages:
-        largest = max(grids[stage.name], key=lambda grid: grid.tokens)
+    for stage, of_stage in zip(config.stages, grids, strict=True):
+        largest = max(of_stage, key=lambda grid: grid.tokens)
         parts = memory(config, stage, shape, everything, trained, largest, clips.conditioning)
         needs.append((sum(parts.values()), {**parts, "clips": float(kept)}, largest))
     lines += _memory_lines(config, *max(needs, key=lambda need: need[0])[1:])
@@ -56,8 +54,8 @@ def describe(config: Config, found: Found, clips: Clips) -> list[str]:
         free, total = torch.cuda.mem_get_info()
         lines.append(f"           this card has {free / GIB:.0f} of {total / GIB:.0f} GiB free")
     rate = matrix_rate(config)
-    for stage in config.stages:
-        macs = max(step_macs(config, stage, shape, found, grid) for grid in grids[stage.name])
+    for stage, of_stage in zip(config.stages, grids, strict=True):
+        macs = max(step_macs(config, stage, shape, found, grid) for grid in of_stage)
         seconds = 2 * macs / (rate * SHARE)
         end = f"{stage.steps:,} steps" if stage.steps else "no number of steps"
         end += f" or {stage.max_seconds:g} s" if stage.max_seconds else ""
