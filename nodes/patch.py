@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -162,8 +163,8 @@ def _free_blocks(model, blocks: list[wan.Block]) -> tuple[list[wan.Block], list[
 
 def settings_of(model) -> Settings | None:
     """What a node before asked for, where `model` has T3 already."""
-    ours = (patch for patch in model.object_patches.values() if is_ours(patch))
-    return next((patch.__self__.installation.settings for patch in ours), None)
+    found = _installation_of(model.object_patches.values())
+    return None if found is None else found.settings
 
 
 def _put(model, attentions: list[wan.SelfAttention], blocks: list[wan.Block], installation: Installation) -> None:
@@ -210,8 +211,12 @@ def _installation_in(model) -> Installation | None:
     """The installation whose patches stand in this diffusion model, if any do."""
     modules = [found.module for found in wan.self_attentions(model).windowed]
     modules += [block.module for block in wan.blocks(model)]
-    patches = (vars(module).get("forward") for module in modules)
-    return next((patch.__self__.installation for patch in patches if patch is not None and is_ours(patch)), None)
+    return _installation_of(vars(module).get("forward") for module in modules)
+
+
+def _installation_of(patches: Iterable[Any]) -> Installation | None:
+    """The installation of the first of these that is ours, if any is."""
+    return next((patch.__self__.installation for patch in patches if is_ours(patch)), None)
 
 
 def _apply_model(

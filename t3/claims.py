@@ -68,7 +68,7 @@ class Claim:
 
     def release(self) -> None:
         """Let others have it, unless it is another's by now."""
-        if _read(self.path) == self.holder:
+        if holder_at(self.path) == self.holder:
             self.path.unlink(missing_ok=True)
 
     def _beat(self) -> None:
@@ -99,7 +99,7 @@ def take(output: Path, *, stale: float = STALE_SECONDS, tell: Callable[[str], ob
     try:
         if _publish(draft, path):
             return Claim(path, me)
-        other = _read(path)
+        other = holder_at(path)
         if other is None:
             # Given back just now; or cut short by a full disk, and then it is nobody's after a while.
             with contextlib.suppress(OSError):
@@ -241,7 +241,7 @@ def _publish(draft: Path, path: Path) -> bool:
         return False
 
 
-def _read(path: Path) -> Holder | None:
+def holder_at(path: Path) -> Holder | None:
     """Who has a claim; None if it was given back, or cannot be read."""
     try:
         return Holder(**json.loads(path.read_text(encoding="utf-8")))
@@ -290,7 +290,7 @@ def _take_over(draft: Path, path: Path, other: Holder, stale: float) -> bool:
         return False
     try:
         # Only who has the marker replaces this very claim, and the claim is looked at under it.
-        if _read(path) != other:
+        if holder_at(path) != other:
             return False
         os.replace(draft, path)
         return True

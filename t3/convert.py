@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, cli
+from .adapters import Adapter
 from .errors import T3Error
 from .plan import PRESETS, Plan
 from .plan_choice import resolve_plan
-from .sources import Adapter, Sources, find_merge
+from .sources import Sources, find_merge
 from .weights import ApplyReport, Identity, T3Metadata, WeightFile, identify, open_weights
 from .weights.fingerprint import fingerprint
 from .weights.merge import MergedFile
@@ -160,8 +161,7 @@ def _notes(
             "none of the files carries a plan, so the merged file will not say what windows it was tuned for; --plan "
             "writes one"
         )
-    folder = args.file if args.file.is_dir() else args.file.parent
-    moved = args.out.absolute().parent != folder.absolute()
+    moved = args.out.absolute().parent != file.folder.absolute()
     if moved and not found.strange_config and "_class_name" in file.sibling_config():
         notes.append("programs that read the config.json beside the base need a copy of it beside the new file")
     return notes

@@ -141,14 +141,12 @@ def write_files(folder: Path, models: Path, *, overwrite: bool = False) -> dict[
     Raises `T3Error` before the first is written where one of the places is taken or a package is missing.
     """
     files = {models / name: host_file(folder, part) for part, name in FILES.items()}
-    new = {path: not is_written(path, *content) for path, content in files.items()}
-    for path, (entries, _) in files.items():
-        if new[path]:
-            check_output(path, overwrite, need_bytes=sum(entry.nbytes for entry in entries))
-    for path, content in files.items():
-        if new[path]:
-            write_safetensors(path, *content, overwrite=overwrite)
-    return new
+    missing = {path: content for path, content in files.items() if not is_written(path, *content)}
+    for path, (entries, _) in missing.items():
+        check_output(path, overwrite, need_bytes=sum(entry.nbytes for entry in entries))
+    for path, content in missing.items():
+        write_safetensors(path, *content, overwrite=overwrite)
+    return {path: path in missing for path in files}
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -117,6 +117,23 @@ def atomic_folder(
         shutil.rmtree(temp, ignore_errors=True)
 
 
+def put_between(file: Path, begin: str, end: str, text: str, what: str) -> None:
+    """Replace what stands between two marks of a document, which keeps both, by a blank line and `text`.
+
+    Raises T3Error where the document cannot be read or has not both marks; `what`: the name of the text in messages.
+    """
+    try:
+        content = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise T3Error(f"{file} cannot be read: {_reason(error)}.") from None
+    before, first, rest = content.partition(begin)
+    _, last, after = rest.partition(end)
+    if not first or not last:
+        raise T3Error(f"{file} has no place for {what}: put the lines {begin} and {end} where they belong.")
+    with atomic_path(file, overwrite=True) as temp:
+        temp.write_text(f"{before}{begin}\n\n{text}{end}{after}", encoding="utf-8")
+
+
 def remove_partial(path: str | os.PathLike[str], pid: int) -> None:
     """Remove what process `pid` of this machine, which is gone, had begun and not finished of an output."""
     final = _final(path)

@@ -10,7 +10,8 @@ from .errors import T3Error
 from .plan import Plan
 
 if TYPE_CHECKING:
-    from .sources import Adapter, Sources
+    from .adapters import Adapter
+    from .sources import Sources
 
 
 def named_plan(text: str) -> tuple[Plan, str]:

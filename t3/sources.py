@@ -10,12 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .adapters import EXPERTS, Adapter, existing, open_adapter
 from .errors import T3Error
 from .plan_choice import carried_plan
-from .strengths import split_strength
 from .weights import Identity, identify, known_config, open_weights, read_metadata
-from .weights.catalogue import HEADLESS_KINDS, not_headless
-from .weights.fit import check_fit
 from .weights.identity import require
 from .weights.layout_dit import dit_layout
 
@@ -34,22 +32,7 @@ HUB = {
 }
 # Noise level, as a part of 1, below which the second expert takes over (Wan2.2's released configs).
 BOUNDARY = {False: 0.875, True: 0.9}
-EXPERTS = ("high", "low")  # by the noise each of two is for
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """A file to be applied on top of the transformer, and how strongly; expert: 0 or 1 where it is for one of two."""
-
-    path: Path
-    strength: float
-    identity: Identity
-    expert: int | None = None
-
-    def describe(self) -> str:
-        whom = "" if self.expert is None else f" for the {EXPERTS[self.expert]}-noise expert"
-        return f"{self.path.name}{whom} at {self.strength:g}: {self.identity.describe()}"
 
 
 @dataclass(frozen=True)
@@ -177,18 +160,18 @@ def find_sources(
         if missing:
             raise T3Error(f"without --model, {' and '.join(missing)} must be given too.")
     base = _base(model, has_files=any(single.values()))
-    dits = tuple(_existing(path, "--dit") for path in dit)
+    dits = tuple(existing(path, "--dit") for path in dit)
     if dits:
         base.update(_from_dits(dits))
     if vae:
-        found = _identify(_existing(vae, "--vae"), "vae", "--vae")
+        found = _identify(existing(vae, "--vae"), "vae", "--vae")
         base.update(vae=found.config, vae_file=Path(vae))
     if text_encoder:
-        _identify(_existing(text_encoder, "--text-encoder"), "text-encoder", "--text-encoder")
+        _identify(existing(text_encoder, "--text-encoder"), "text-encoder", "--text-encoder")
         base["text_encoder"] = Path(text_encoder)
     for option, value in (("tokenizer", tokenizer), ("image_encoder", image_encoder)):
         if value:
-            base[option] = _existing(value, f"--{option.replace('_', '-')}")
+            base[option] = existing(value, f"--{option.replace('_', '-')}")
     return _finish(base, t3_weights, loras, expert_loras)
 
 
@@ -216,8 +199,8 @@ def find_merge(base: str | Path, t3_weights: Sequence[str] = (), loras: Sequence
         raise T3Error(f"BASE: {found.problem}")
     config = found.config
     assert config is not None
-    tuned = tuple(_adapter(text, "--t3-weights", config, anywhere=True) for text in t3_weights)
-    others = tuple(_adapter(text, "--lora", config, anywhere=True) for text in loras)
+    tuned = tuple(open_adapter(text, "--t3-weights", config, anywhere=True) for text in t3_weights)
+    others = tuple(open_adapter(text, "--lora", config, anywhere=True) for text in loras)
     carried: dict[str, Any] = carried_plan(_in_force(tuned), _in_force(others), [found.plan])
     vae = {"z_dim": config["out_channels"]}
     return Sources(found.model, config, vae, dits=(path,), t3_weights=tuned, loras=others, **carried)
@@ -239,12 +222,12 @@ def _finish(
     experts = base.get("experts", 1)
     if len(t3_weights) > experts:
         raise T3Error(f"{len(t3_weights)} --t3-weights files were given for {experts} transformer(s).")
-    tuned_files = tuple(_adapter(text, "--t3-weights", transformer) for text in t3_weights)
-    lora_files = tuple(_adapter(text, "--lora", transformer) for text in loras)
+    tuned_files = tuple(open_adapter(text, "--t3-weights", transformer) for text in t3_weights)
+    lora_files = tuple(open_adapter(text, "--lora", transformer) for text in loras)
     for expert, (name, texts) in enumerate(zip(EXPERTS, expert_loras, strict=True)):
         if texts and experts < 2:
             raise T3Error(f"--lora-{name} is for one of two experts, and {base['name']} is one model: use --lora.")
-        lora_files += tuple(replace(_adapter(text, f"--lora-{name}", transformer), expert=expert) for text in texts)
+        lora_files += tuple(replace(open_adapter(text, f"--lora-{name}", transformer), expert=expert) for text in texts)
     carried = carried_plan(tuned_files, lora_files, base.pop("plans", []))
     base.update(carried)
     return Sources(
@@ -367,34 +350,6 @@ def _identify(path: Path, component: str, option: str) -> Identity:
     found = identify(open_weights(path))
     require(found, component, option)
     return found
-
-
-def _adapter(text: str, option: str, transformer: dict[str, Any], *, anywhere: bool = False) -> Adapter:
-    """`anywhere`: for kinds of models that do not run here, too."""
-    path, strength = split_strength(text, option)
-    file = open_weights(_existing(str(path), option))
-    identity = identify(file)
-    if identity.component != "dit":
-        problem = identity.problem or f"it is {identity.component}, {identity.form}"
-        raise T3Error(f"{option} {path} cannot be applied to a Wan transformer: {problem}")
-    if identity.problem:
-        raise T3Error(f"{option} {path}: {identity.problem}")
-    if not anywhere and identity.kind not in HEADLESS_KINDS:
-        raise T3Error(f"{option} {path} is for a {identity.model} model. {not_headless(identity.kind)}")
-    width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
-    if identity.width is not None and identity.width != width:
-        raise T3Error(
-            f"{option} {path} is for a transformer {identity.width} wide ({identity.model}); "
-            f"the one to be loaded is {width} wide. Use weights made for this model."
-        )
-    check_fit(file, identity, {name: param.shape for name, param in dit_layout(transformer).items()})
-    return Adapter(path, strength, identity)
-
-
-def _existing(path: str, option: str) -> Path:
-    if not Path(path).exists():
-        raise T3Error(f"{option} {path}: no such file or folder.")
-    return Path(path)
 
 
 def _read_json(path: Path, otherwise: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from generate_runs import TINY
 
 from t3.batch import Batch
 from t3.claims import claim_path, take
@@ -20,7 +21,6 @@ from t3.parallel.team import Team
 from t3.parallel.world import World
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ["--height", "64", "--width", "96", "--frames", "5", "--steps", "2", "--cfg", "1"]
 
 
 def jobs_in(folder: Path, *names: str, latents: bool = False) -> list[Job]:

@@ -11,8 +11,8 @@ from weights_fixtures import one_thread, original_state, save, tiny_transformer 
 from weights_kinds import adapter, kind_state
 
 from t3 import convert, extract, inspect
+from t3.adapters import open_adapter
 from t3.errors import T3Error
-from t3.sources import _adapter
 from t3.weights import apply_weights, identify, load_text_encoder, load_transformer, open_weights
 from t3.weights.respell import respell
 from t3.weights.spelling import dialect_of
@@ -60,7 +60,7 @@ def test_known_from_the_header_and_refused_before_work(tmp_path, capsys, form):
     config = identify(open_weights(plain)).config
     for anywhere in (False, True):
         with pytest.raises(T3Error, match="are not read here"):
-            _adapter(str(path), "--t3-weights", config, anywhere=anywhere)
+            open_adapter(str(path), "--t3-weights", config, anywhere=anywhere)
     lora = save(tmp_path / "lora.safetensors", adapter("t2v", "lora", "peft")[0])
     out = tmp_path / "new" / "out.safetensors"
     for command in (
@@ -109,7 +109,7 @@ def test_a_quantised_gguf_is_no_t3_weights(tmp_path, anywhere):
     path, state = model_file(tmp_path)
     config = identify(open_weights(save(tmp_path / "plain.safetensors", state))).config
     with pytest.raises(T3Error, match=r"is quantised as Q8_0.*load the file in ComfyUI"):
-        _adapter(str(path), "--t3-weights", config, anywhere=anywhere)
+        open_adapter(str(path), "--t3-weights", config, anywhere=anywhere)
 
 
 def test_fun_models_are_merged_and_extracted_as_before(tmp_path):
@@ -117,7 +117,7 @@ def test_fun_models_are_merged_and_extracted_as_before(tmp_path):
     path = save(tmp_path / "a.safetensors", kind_state("fun-control"))
     found = identify(open_weights(path))
     assert found.elsewhere and found.quantised is None
-    assert _adapter(str(path), "--t3-weights", found.config, anywhere=True).strength == 1
+    assert open_adapter(str(path), "--t3-weights", found.config, anywhere=True).strength == 1
     both = identify(open_weights(quantised(tmp_path / "q.safetensors", "mxfp8", kind_state("fun-control"))))
     assert "takes a control video" in both.elsewhere and "are not read here" in both.elsewhere
 

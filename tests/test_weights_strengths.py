@@ -8,9 +8,8 @@ import torch
 from weights_fixtures import one_thread, save  # noqa: F401
 from weights_kinds import kind_state
 
+from t3.adapters import open_adapter, split_strength
 from t3.errors import T3Error
-from t3.sources import _adapter
-from t3.strengths import split_strength
 from t3.weights import identify, open_weights
 
 STEM = "diffusion_model.blocks.0.self_attn.q"
@@ -22,8 +21,8 @@ def test_a_strength_is_finite(tmp_path, strength):
     config = identify(open_weights(save(tmp_path / "base.safetensors", kind_state("t2v")))).config
     path = save(tmp_path / "a.safetensors", PAIR)
     with pytest.raises(T3Error, match=rf"--lora .*: the strength '{strength}' is no finite number; 1 is the usual"):
-        _adapter(f"{path}:{strength}", "--lora", config)
-    assert _adapter(f"{path}:-0.5", "--lora", config).strength == -0.5
+        open_adapter(f"{path}:{strength}", "--lora", config)
+    assert open_adapter(f"{path}:-0.5", "--lora", config).strength == -0.5
 
 
 def test_colons_that_belong_to_a_path(tmp_path):
@@ -45,7 +44,7 @@ def test_an_alpha_is_found_before_anything_is_loaded(tmp_path, alpha, words):
     config = identify(open_weights(save(tmp_path / "base.safetensors", kind_state("t2v")))).config
     path = save(tmp_path / "a.safetensors", {**PAIR, f"{STEM}.alpha": alpha})
     with pytest.raises(T3Error, match=words):
-        _adapter(str(path), "--lora", config)
+        open_adapter(str(path), "--lora", config)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8"])

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import T3Error
-from ..files import atomic_path
+from ..files import put_between
 from ..scaling import (
     EXCHANGES,
     Clip,
@@ -261,13 +260,4 @@ def _serving(here: list[Model], measured: Measured) -> str:
 
 def put_into(file: Path, text: str) -> None:
     """Replace what stands between the two marks of a document. Raises T3Error where they are not there."""
-    try:
-        before = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise T3Error(f"{file} cannot be read: {error.strerror}.") from None
-    head, begin, rest = before.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise T3Error(f"{file} has no place for the figures: put the lines {BEGIN} and {END} where they belong.")
-    with atomic_path(file, overwrite=True) as made:
-        made.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}", encoding="utf-8")
+    put_between(file, BEGIN, END, f"{text}\n\n", "the figures")

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..claims import Claim, Holder, claim_path, take
+from ..claims import Claim, claim_path, holder_at, take
 from ..cli import say
 from ..errors import T3Error
 from ..files import atomic_path
@@ -35,7 +35,7 @@ class WriterLock:
         claim = take(folder / INDEX, tell=lambda text: say(f"{folder}: {text}"))
         if claim is None:
             path = claim_path(folder / INDEX)
-            who = _holder(path) or "another process"
+            who = holder_at(path) or "another process"
             raise T3Error(
                 f"{folder} is open for writing by {who}, and two writers would mix up their clips. Wait until it is "
                 f"closed, or name another folder. If that process is gone, remove {path}."
@@ -48,7 +48,7 @@ class WriterLock:
         """Raise `T3Error` unless this writer still has the folder."""
         if not self.release.alive:
             raise T3Error(f"the writer of {self.folder} is closed. Open another ShardWriter to go on.")
-        other = _holder(self._claim.path)
+        other = holder_at(self._claim.path)
         if other is not None and other != self._claim.holder:
             raise T3Error(
                 f"{self.folder} was taken over by {other}, since this process gave no sign of life. What it has not "
@@ -60,13 +60,6 @@ def _release(claim: Claim) -> None:
     # A forked process ends with a copy of what its parent still has.
     if claim.holder.pid == os.getpid():
         claim.__exit__()
-
-
-def _holder(path: Path) -> Holder | None:
-    try:
-        return Holder(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
 
 
 def json_text(value: Any, indent: int | None = None) -> str:

@@ -129,22 +129,18 @@ class Loop:
     def agree(self) -> tuple[dict[str, float], float, bool]:
         """The stage's clock, the seconds that the run's end will take, and whether to stop: the same on every process.
         Where they differed, so would the learning rate, and one process would wait for another for ever."""
-        clock, reserve, stop = self.at.clock, self.finish.reserve(), self.stop.asked
+        clock = self.at.clock
         found = {"seconds": clock.seconds(), "training": clock.training(), "lost": clock.lost}
-        if self.words is not None:
-            all_of_it = torch.tensor([*found.values(), reserve, float(stop)], dtype=torch.float64)
-            torch.distributed.all_reduce(all_of_it, torch.distributed.ReduceOp.MAX, group=self.words)
-            *numbers, reserve, stop = all_of_it.tolist()
-            found = dict(zip(found, numbers, strict=True))
-        return found, reserve, bool(stop)
+        *numbers, reserve, stop = self.greatest(*found.values(), self.finish.reserve(), self.stop.asked)
+        return dict(zip(found, numbers, strict=True)), reserve, bool(stop)
 
-    def anywhere(self, here: bool) -> bool:
-        """Whether something is so on any process."""
+    def greatest(self, *numbers: float) -> list[float]:
+        """Of each of these numbers the greatest that any process has."""
         if self.words is None:
-            return here
-        found = torch.tensor(float(here))
+            return list(numbers)
+        found = torch.tensor(numbers, dtype=torch.float64)
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=self.words)
-        return bool(found)
+        return found.tolist()
 
     def take_step(self, stage: Stage, done: float) -> None:
         """One step of the optimiser; `done` is the part of the stage that will then be over."""
@@ -241,7 +237,8 @@ class Loop:
         with self.finish.timed("checkpoint"):
             parts = checkpoint.collect(session.objective, session.optimizer.optimizer, session.average)
             self.unsaved = None
-            if self.anywhere(not all(tensor.isfinite().all() for tensor in parts["weights"].values())):
+            [lost] = self.greatest(not all(tensor.isfinite().all() for tensor in parts["weights"].values()))
+            if lost:
                 raise self.astray("weights are not finite")
             if session.main:
                 try:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 SEPARATOR = "|"
-_NUMBERS = {"int": int, "float": float, "bool": bool}
+_NUMBERS = {"int": torch.int64, "float": torch.float64, "bool": torch.bool}
 
 
 def flatten(states: Mapping[str, Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -32,7 +32,7 @@ def flatten(states: Mapping[str, Mapping[str, Any]]) -> dict[str, torch.Tensor]:
             for key, inner in value.items():
                 add(f"{name}{SEPARATOR}{key}", inner)
         elif (kind := type(value).__name__) in _NUMBERS:
-            found[f"{name}{SEPARATOR}{kind}"] = torch.tensor(value, dtype=_dtype(kind))
+            found[f"{name}{SEPARATOR}{kind}"] = torch.tensor(value, dtype=_NUMBERS[kind])
         else:
             raise TypeError(f"the optimiser keeps {type(value).__name__} as {name}")
 
@@ -48,14 +48,10 @@ def restore(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
         *way, last = name.split(SEPARATOR)
         value: Any = tensor
         if last in _NUMBERS and len(way) > 1:
-            value = _NUMBERS[last](tensor.item())
+            value = tensor.item()
             *way, last = way
         place: dict[str, Any] = states
         for key in way:
             place = place.setdefault(key, {})
         place[last] = value
     return states
-
-
-def _dtype(kind: str) -> torch.dtype:
-    return {"int": torch.int64, "float": torch.float64, "bool": torch.bool}[kind]

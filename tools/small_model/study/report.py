@@ -7,8 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from t3.errors import T3Error
-from t3.files import atomic_path
+from t3.files import put_between
 
 from ..plans import PLANS
 from .evidence import CONTROL, DENSE_ROW, FULL, PLAIN, UNTUNED, Evidence
@@ -48,13 +47,7 @@ def write(study: Study, results: Results, out: Path) -> str:
 
 def put(docs: Path, text: str) -> None:
     """Put the tables between the marks of a Markdown file. Raises `T3Error` where it has none."""
-    content = docs.read_text(encoding="utf-8")
-    before, begin, rest = content.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise T3Error(f"{docs} has no place for the tables: put the lines {BEGIN} and {END} where they belong.")
-    with atomic_path(docs, overwrite=True) as temp:
-        temp.write_text(f"{before}{begin}\n\n{text}\n{end}{after}", encoding="utf-8")
+    put_between(docs, BEGIN, END, f"{text}\n", "the tables")
 
 
 def markdown(e: Evidence) -> str:
