@@ -82,7 +82,8 @@ def measure(session, loop, times: int) -> dict[str, float]:
 
     def update():
         session.accelerator.clip_grad_norm_(session.parameters, session.config.train.clip)
-        session.optimizer.step()
+        for optimizer in session.optimizers:
+            optimizer.step()
         if session.average is not None:
             session.average.update(1000)
 
@@ -92,7 +93,7 @@ def measure(session, loop, times: int) -> dict[str, float]:
 
     rows = {"step": timer(step, times), "forward and backward": timer(both, times), "forward": timer(forward, times)}
     rows |= {"clip, optimiser, average": timer(update, times)}
-    session.optimizer.zero_grad(set_to_none=True)
+    session.forget_gradients()
     rows |= {"batch": timer(lambda: session.feeder.next(stage), times), "agree": timer(loop.agree, times)}
     return rows
 

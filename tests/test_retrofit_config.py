@@ -190,6 +190,7 @@ def test_the_estimate_counts_what_a_run_holds(tmp_path):
     assert (full["weights"], full["gradients"], full["optimiser"], full["average"]) == (4000, 400, 800, 400)
     lora = parts(train={"precision": "bf16", "ema": 0.0, "optimizer": "adamw-8bit"}, trainable={"what": "lora"})
     assert (lora["weights"], lora["optimiser"], lora["average"]) == (2 * 900 + 400, 200, 0)
+    assert parts(train={"optimizer": "muon"})["optimiser"] == 400
     saved = parts(train={"gradient_checkpointing": True})
     assert saved["activations"] < parts()["activations"]
     assert "the dense teacher" in parts(schedule={"velocity": 1.0})

@@ -171,7 +171,7 @@ class LikeBitsandbytes(torch.optim.Optimizer):
                 parameter.data -= group["lr"] * mean.sign() / state["step"]
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "attention", "8-bit"])
+@pytest.mark.parametrize("kind", ["full", "lora", "attention", "8-bit", "muon"])
 def test_resume_equals_uninterrupted_bit_for_bit(run, kind, monkeypatch):
     """Also from where only attention has had a gradient so far, and with what bitsandbytes' optimisers keep."""
     tables = {
@@ -186,6 +186,10 @@ def test_resume_equals_uninterrupted_bit_for_bit(run, kind, monkeypatch):
         tables["trainable"] = {"what": "lora", "rank": 2, "also": ["biases"]}
     if kind == "attention":
         tables["stages"] = [{"name": "first", "steps": 5, "flow": 0.0, "attention": 1.0}, {"name": "flow", "steps": 1}]
+    if kind == "muon":
+        if not hasattr(torch.optim, "Muon"):
+            pytest.skip("Muon comes with torch 2.9")
+        tables["train"]["optimizer"] = "muon"
     if kind == "8-bit":
         tables["train"]["optimizer"] = "adamw-8bit"
         monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace())
@@ -417,3 +421,9 @@ def test_a_missing_optimiser_is_told_before_any_step(run, monkeypatch, capsys):
     assert status == 2
     assert "the package bitsandbytes is not installed" in capsys.readouterr().err
     assert not (folder / "metrics.csv").exists()
+
+
+def test_a_torch_without_muon_is_told_before_any_step(run, monkeypatch, capsys):
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    assert run(train={"optimizer": "muon"})[0] == 2
+    assert 'is "muon", which comes with torch 2.9' in capsys.readouterr().err

@@ -3,7 +3,7 @@
 checkpoints/step-00000500/
     weights.safetensors     what is trained, float32
     average.safetensors     its moving average, if there is one
-    optimizer.safetensors   the optimiser's state, named as `optimizer_state` says
+    optimizer.safetensors   the optimisers' states, named as `optimizer_state` says
     state.json              where the run is, and the config it belongs to
 """
 
@@ -51,14 +51,16 @@ def weights(model: torch.nn.Module) -> Tensors:
     return {name: value.clone() for name, value in found.items()}
 
 
-def collect(model: torch.nn.Module, optimizer: torch.optim.Optimizer, average: Average | None) -> dict[str, Tensors]:
+def collect(
+    model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], average: Average | None
+) -> dict[str, Tensors]:
     """What training has changed, whole, on the CPU, by file name. Every process must call it."""
     parts = {"weights": weights(model)}
     if average is not None:
         with average.applied():
             parts["average"] = weights(model)
     # The first process alone gets it.
-    states: Any = get_optimizer_state_dict(model, optimizer, options=_FULL).get("state", {})
+    states: Any = get_optimizer_state_dict(model, optimizers, options=_FULL).get("state", {})
     parts["optimizer"] = optimizer_state.flatten(states)
     return parts
 
@@ -96,7 +98,9 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise damaged(folder, error) from None
 
 
-def load(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, average: Average | None) -> None:
+def load(
+    folder: Path, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], average: Average | None
+) -> None:
     """Put a checkpoint's tensors in place, on every process. Raises `T3Error` for a damaged one."""
     try:
         parts = {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
@@ -107,14 +111,15 @@ def load(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
         _put(model, parts["average"])
         average.swap()
     _put(model, parts["weights"])
-    groups = get_optimizer_state_dict(model, optimizer, options=_SPREAD)["param_groups"]
-    set_optimizer_state_dict(model, optimizer, {"state": states, "param_groups": groups}, options=_SPREAD)
+    groups = get_optimizer_state_dict(model, optimizers, options=_SPREAD)["param_groups"]
+    set_optimizer_state_dict(model, optimizers, {"state": states, "param_groups": groups}, options=_SPREAD)
     # To have a place for every state torch takes a step of nothing. What had no gradient yet has none to count. Only
     # names that are surely the checkpoint's: wrappers put words of their own into a parameter's.
     stateless = parts["weights"].keys() - states.keys()
     for name, parameter in model.named_parameters():
         if name.removeprefix("module.") in stateless:
-            optimizer.state.pop(parameter, None)
+            for optimizer in optimizers:
+                optimizer.state.pop(parameter, None)
 
 
 def _put(model: torch.nn.Module, tensors: Tensors) -> None:

@@ -106,7 +106,7 @@ class Train:
     accumulate: int = number(1, at_least=1)
     seed: int = number(0, at_least=0)
     precision: str = choice("bf16", "fp32")
-    optimizer: str = choice("adamw", "adamw-8bit")
+    optimizer: str = choice("adamw", "adamw-8bit", "muon")
     weight_decay: float = number(0.01, at_least=0)
     beta1: float = number(0.9, at_least=0, at_most=0.99999)
     beta2: float = number(0.99, at_least=0, at_most=0.99999)

@@ -74,7 +74,7 @@ class Loop:
         session, state = self.session, checkpoint.read_state(folder)
         check_same(state, self.config.identity(), session.accelerator.num_processes, folder)
         check_data(state, session.clips.marks, folder)
-        checkpoint.load(folder, session.objective, session.optimizer.optimizer, session.average)
+        checkpoint.load(folder, session.objective, session.torch_optimizers, session.average)
         session.feeder.restore(state["feeder"])
         clock = Clock(self.at.clock.started, **state["clock"])
         places = {name: state[name] for name in ("step", "stage", "stage_steps", "training", "seconds")}
@@ -147,8 +147,9 @@ class Loop:
         session, train, at = self.session, self.config.train, self.at
         self.prepare_operator(stage, done)
         rate = learning_rate(stage, done)
-        for group in session.optimizer.param_groups:
-            group["lr"] = rate
+        for optimizer in session.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
         for part in range(train.accumulate):
             batch = session.feeder.next(stage)
             if part < train.accumulate - 1:
@@ -158,8 +159,9 @@ class Loop:
                 self.backward(batch, stage)
         if train.clip:
             self.log.norm(session.accelerator.clip_grad_norm_(session.parameters, train.clip))
-        session.optimizer.step()
-        session.optimizer.zero_grad(set_to_none=True)
+        for optimizer in session.optimizers:
+            optimizer.step()
+        session.forget_gradients()
         at.step, at.stage_steps = at.step + 1, at.stage_steps + 1
         self.log.step(rate)
         if session.average is not None:
@@ -189,7 +191,7 @@ class Loop:
                 for done in ways(stage):
                     self.prepare_operator(stage, done)
                     self.backward(session.feeder.example(pool, stage), stage)
-        session.optimizer.zero_grad(set_to_none=True)
+        session.forget_gradients()
         self.log = Log(session)
 
     # --- what happens on the way --------------------------------------------------------------------------------
@@ -235,7 +237,7 @@ class Loop:
         """
         session, step = self.session, self.at.step
         with self.finish.timed("checkpoint"):
-            parts = checkpoint.collect(session.objective, session.optimizer.optimizer, session.average)
+            parts = checkpoint.collect(session.objective, session.torch_optimizers, session.average)
             self.unsaved = None
             [lost] = self.greatest(not all(tensor.isfinite().all() for tensor in parts["weights"].values()))
             if lost:

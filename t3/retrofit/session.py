@@ -1,4 +1,4 @@
-"""A training run ready to take steps: the model on its devices, what is trained, its optimiser, its data."""
+"""A training run ready to take steps: the model on its devices, what is trained, its optimisers, its data."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from ..errors import T3Error
 from ..processor import compile_blocks
 from . import model
 from .batches import Feeder, Layout
-from .config import Config, Train
+from .config import Config
 from .data import Clips, stay_on
 from .ema import Average
 from .model import Found
 from .objectives import Objective
 from .operator import Operator, install
+from .optimizers import make_optimizers
 from .output import Before, mark_of, small_before
 from .teacher import Teacher
 from .text import logits, shorten
-from .trainable import make_trainable, trained
+from .trainable import make_trainable
 
 COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -38,7 +39,7 @@ class Session:
     clips: Clips
     accelerator: Accelerator
     objective: Any
-    optimizer: Any
+    optimizers: list[Any]
     operator: Operator
     parameters: list[torch.nn.Parameter]
     average: Average | None
@@ -59,6 +60,16 @@ class Session:
     def transformer(self) -> Any:
         """The transformer itself, under whatever it has been wrapped in."""
         return self.accelerator.unwrap_model(self.objective).transformer
+
+    @property
+    def torch_optimizers(self) -> list[torch.optim.Optimizer]:
+        """The optimisers themselves, under what `accelerate` made of them."""
+        return [optimizer.optimizer for optimizer in self.optimizers]
+
+    def forget_gradients(self) -> None:
+        """Before the next step."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     @property
     def compute(self) -> torch.dtype:
@@ -95,6 +106,8 @@ def make_accelerator(config: Config) -> Accelerator:
 
 def _check_sharded(config: Config) -> None:
     """Raise `T3Error` for what does not go with weights of which each process holds a part."""
+    if config.train.optimizer == "muon":
+        raise T3Error('[train] optimizer = "muon" needs whole matrices, and FSDP spreads them. Use "adamw", or DDP.')
     if config.trainable.what != "everything":
         raise T3Error("FSDP is for training everything. A LoRA's frozen weights fit a card: train it with DDP.")
     if any(stage.attention for stage in config.stages):
@@ -132,10 +145,10 @@ def start(config: Config, found: Found, clips: Clips, accelerator: Accelerator) 
         if teacher is not None and teacher.untouched is None:
             _compile(teacher.copy, config, found, len(clips.pools))
     objective = Objective(transformer, operator, teacher, compute)
-    optimizer = make_optimizer(objective, config.train)
+    optimizers = make_optimizers(objective, config.train)
     if teacher is not None:
         teacher.to(accelerator.device)
-    objective, optimizer = accelerator.prepare(objective, optimizer)
+    objective, *optimizers = accelerator.prepare(objective, *optimizers)
     parameters = [p for p in objective.parameters() if p.requires_grad]
     average = Average(parameters, config.train.ema) if config.train.ema else None
     feeder = Feeder(
@@ -148,7 +161,7 @@ def start(config: Config, found: Found, clips: Clips, accelerator: Accelerator) 
         resident=stay_on(config.data.resident, clips.nbytes, accelerator.device),
     )
     return Session(
-        config, found, clips, accelerator, objective, optimizer, operator, parameters, average, feeder, before
+        config, found, clips, accelerator, objective, optimizers, operator, parameters, average, feeder, before
     )
 
 
@@ -163,26 +176,3 @@ def _compile(transformer: Any, config: Config, found: Found, sizes: int) -> None
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, ways)
     dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, ways)
-
-
-def make_optimizer(module: torch.nn.Module, train: Train) -> torch.optim.Optimizer:
-    """AdamW over what is trained; weight decay on matrices only. Raises `T3Error` where bitsandbytes is missing."""
-    named = trained(module)
-    matrices = [p for name, p in named.items() if p.ndim >= 2 and not name.endswith("scale_shift_table")]
-    others = [p for name, p in named.items() if p.ndim < 2 or name.endswith("scale_shift_table")]
-    groups = [
-        {"params": some, "weight_decay": decay}
-        for some, decay in ((matrices, train.weight_decay), (others, 0.0))
-        if some
-    ]
-    settings: dict[str, Any] = {"lr": 0.0, "betas": (train.beta1, train.beta2), "eps": 1e-8}
-    if train.optimizer == "adamw":
-        return torch.optim.AdamW(groups, fused=torch.cuda.is_available() and train.device != "cpu", **settings)
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError:
-        raise T3Error(
-            '[train] optimizer is "adamw-8bit", and the package bitsandbytes is not installed: pip install '
-            'bitsandbytes, or use "adamw" (6 bytes more for each trained parameter).'
-        ) from None
-    return AdamW8bit(groups, **settings)
