@@ -51,6 +51,21 @@ def test_training_has_every_word_and_the_default_prompt():
     assert caption(plain) == "a red square moving left" and not plain.held_out
 
 
+def test_hard_scenes_are_more_often_pairs_and_threes_and_else_like_others():
+    shares = {}
+    for split in ("train", "hard"):
+        drawn = scenes(split, 0, 1000)
+        kinds = ["pair" if one.relation else len(one.things) for one in drawn]
+        shares[split] = {kind: kinds.count(kind) / 1000 for kind in ("pair", 1, 2, 3)}
+    usual, hard = shares["train"], shares["hard"]
+    expected = {kind: 0.53 * share for kind, share in usual.items()}
+    expected["pair"] += 0.35
+    expected[3] += 0.12
+    # Two counts of 1,000 each, of which the first is scaled: four standard errors of at most 0.016 * 1.13.
+    assert hard == pytest.approx(expected, abs=0.073)
+    assert hard["pair"] > usual["pair"] + 0.1
+
+
 def test_a_scene_is_the_same_in_any_order():
     assert scenes("train", 5, 3) == [scene("train", i) for i in (5, 6, 7)]
     assert scene("train", 5) != scene("test", 5)
