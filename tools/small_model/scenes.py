@@ -43,8 +43,8 @@ RADII = {
     "cross": math.sqrt(AREA / 2),
 }
 SPLITS = {"train": 1, "test": 2, "held": 3, "tune": 4, "hard": 5}
-# Of the split "hard", which is to train on as well: how many scenes are pairs, and how many three things. They are learnt
-# last. What a caption leaves open is as often what it is in "train", so a model learns the same clips for a caption.
+# How many scenes of the split "hard", which is to train on, are made to be pairs, and how many three things: what is
+# learnt last. What a caption leaves open is what it is in "train", so a model learns the same clips for a caption.
 _HARD_PAIRS, _HARD_THREES = 0.35, 0.12
 # Never seen in training: a thing of this colour and shape, and a shape with this motion.
 HELD_THINGS = frozenset({("yellow", "triangle"), ("cyan", "cross"), ("purple", "circle")})
