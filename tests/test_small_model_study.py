@@ -1,5 +1,6 @@
 """The study's harness: its settings, its jobs from data to report on a tiny model, and its statistics."""
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -24,15 +25,15 @@ from tools.small_model.files import visible_cards
 from tools.small_model.init_dit import make_transformer
 from tools.small_model.plans import GRID
 from tools.small_model.scenes import scenes
-from tools.small_model.study import data, pool, report, statistics, training, verdicts
+from tools.small_model.study import command, data, pool, report, statistics, training, verdicts
 from tools.small_model.study.configs import configs
 from tools.small_model.study.evidence import Evidence
-from tools.small_model.study.jobs import MEASURE, RUN, TUNE, Choice, Job, listed
+from tools.small_model.study.jobs import MEASURE, RUN, TUNE, Choice, Job, fingerprint, kept, listed
 from tools.small_model.study.results import Results
 from tools.small_model.study.sampling import sample, weights
 from tools.small_model.study.settings import FILE, read_study
 from tools.small_model.study.training import Trainer
-from tools.small_model.study.worker import Claims, work
+from tools.small_model.study.worker import Claims, expected, foreseen, ready, work
 from tools.small_model.text import make_encoder, make_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,7 +127,7 @@ def base(tmp_path_factory):
         folder / "dense.safetensors", transformer.state_dict(), dict(transformer.config), plan, Grid(2, 3, 4), "float32"
     )
     for i, name in enumerate(("high", "low", "high-test", "high-tune")):
-        write_clips(folder / "data" / name, count=6, seed=i)
+        write_clips(folder / "study" / "data" / name, count=6, seed=i)
     recipe = (ROOT / "tools" / "small_model" / "recipes" / "study.toml").read_text()
     recipe = recipe.replace("output/small/dense-high/dense-high", f"{folder}/dense").replace(
         "output/small", str(folder)
@@ -176,8 +177,8 @@ def test_jobs_train_measure_and_leave_results(base, capsys):
         found = results.get(job)
         assert found["training_seconds"] >= 0.6 and found["rate"] == rate  # how much more, the machine decides
         assert min(found["steps"]) > 0 and found["clips"] == 2 * sum(found["steps"])
-        assert all(path.exists() for path in training.kept(study, job))
-    assert len(found["steps"]) == 2 and len(training.kept(study, job)) == 2
+        assert all(path.exists() for path in kept(study, job))
+    assert len(found["steps"]) == 2 and len(kept(study, job)) == 2
     assert not list((base / "work").iterdir())
 
 
@@ -187,6 +188,49 @@ def test_a_run_that_goes_astray_is_a_result(base, monkeypatch):
     job = Job(TUNE, "full", "tiny", 0.05, rate=1e30)
     assert trainer.run(job, 1e30, True, results) == float("inf")
     assert results.get(job)["astray"] and results.get(job)["mean"] is None
+
+
+def test_a_run_that_goes_astray_in_its_first_phase_is_a_result(base, tmp_path):
+    (tmp_path / "study.toml").write_text(TINY.format(base=base) + ROWS.replace("lr = 1e-4", "lr = 1e30"))
+    study = read_study(tmp_path / "study.toml")
+    results, job = Results(tmp_path / "astray"), Job(RUN, "two", "tiny", 0.3)
+    Trainer(study, base / "work").run(job, 1e-3, True, results)
+    assert results.get(job)["astray"] and len(results.get(job)["steps"]) == 1
+
+
+def test_results_of_other_settings_or_of_another_dense_model_are_set_aside(base, tmp_path):
+    (tmp_path / "recipe.toml").write_text((base / "recipe.toml").read_text().replace(f"{base}/dense.", f"{tmp_path}/"))
+    (tmp_path / "safetensors").write_bytes(b"one")
+    read = replace(read_study(base / "study.toml"), root=tmp_path, recipe=tmp_path / "recipe.toml")
+    results = Results(read.results)
+    assert fingerprint(read, Job(RUN, "full", "tiny", 0.1)) == fingerprint(
+        read_study(base / "study.toml"), Job(RUN, "full", "tiny", 0.1)
+    )
+    run, untuned = Job(RUN, "full", "tiny", 0.1), Job(MEASURE, "untuned", "tiny")
+    for job in (run, untuned):
+        results.put(job, {"made": fingerprint(read, job), "dense": read.dense}, {})
+    read.weights.mkdir()
+    kept(read, run)[0].write_bytes(b"weights")
+    # What decides no result: titles, tries that come later, and where things lie.
+    row = replace(read.row("full"), title="another", rates=(1e-4, 1e-3, 1e-2))
+    assert results.set_aside(replace(read, rows={**read.rows, "full": row})) == []
+    assert results.set_aside(replace(read, pretraining_seconds=3.0)) == [run.name]
+    assert results.names() == [untuned.name] and not results.has(run)
+    assert (read.results / "former" / f"{run.name}.json").exists() and not kept(read, run)[0].exists()
+    results.put(run, {"made": fingerprint(read, run), "dense": "other"}, {})
+    (tmp_path / "safetensors").rename(tmp_path / "away")
+    with pytest.raises(T3Error, match="2 dense models"):
+        Results(read.results).set_aside(replace(read))
+    (tmp_path / "away").rename(tmp_path / "safetensors")
+    assert Results(read.results).set_aside(replace(read)) == [run.name]
+
+
+def test_clips_of_the_stages_are_not_taken_for_those_of_the_study(base, tmp_path):
+    study = replace(read_study(base / "study.toml"), root=tmp_path)
+    made = tmp_path / "data" / "high"
+    made.mkdir(parents=True)
+    (made / "index.json").write_text("{}")
+    assert data.parts(study) == [("high", 0), ("high", 1)] and data.join(study) == ["high"]
 
 
 def study_command(base, *arguments):
@@ -238,6 +282,76 @@ def test_no_job_starts_that_cannot_end(base, tmp_path):
     assert done == [0.1, 0.3]
 
 
+def test_a_start_counts_in_full_for_a_process_that_is_new_to_a_row(base, tmp_path):
+    study = replace(read_study(base / "study.toml"), root=tmp_path, pretraining_seconds=100)
+    results = Results(study.results)
+    times = {"training_seconds": 5.0, "start_seconds": 60.0, "wall_seconds": 67.0}
+    results.put(Job(TUNE, "full", "tiny", 0.05, rate=1e-4), times, {})
+    results.put(
+        Job(RUN, "full", "tiny", 0.1), {"training_seconds": 10.0, "start_seconds": 2.0, "wall_seconds": 16.0}, {}
+    )
+    seconds, job = expected(study, results), Job(RUN, "full", "tiny", 0.1, 1)
+    assert seconds(job, True) == pytest.approx(10 + 1.25 * (2 + 4))
+    assert seconds(job, False) == pytest.approx(10 + 1.25 * (60 + 4))
+    assert seconds(Job(RUN, "control", "dense", 0.3), True) == pytest.approx(30 + 1.25 * (60 + 4))
+
+
+def test_what_fits_is_said_beforehand(base, tmp_path, capsys, monkeypatch):
+    study = replace(read_study(base / "study.toml"), root=tmp_path, overhead_seconds=10, pretraining_seconds=100)
+    jobs = listed(study, Choice(rows=("full", "control"), kinds=("tune", "run"), fractions=(0.1,)))
+    results, now = Results(study.results), [1000.0]
+    # 4 tries of 15 s, then 4 runs of 20: two cards have done the tries after 30 s, and each has time for one run more.
+    found = foreseen(study, jobs, results, 2, 69, False)
+    assert [job.kind for job in found] == ["tune"] * 4 + ["run"] * 2
+    assert foreseen(study, jobs, results, 1, 14, False) == [] and len(foreseen(study, jobs, results, 9, 60, False)) == 8
+    # One process, whose jobs take as long as is expected, does what was foreseen for it.
+    foretold = [job.name for job in foreseen(study, jobs, results, 1, 85, False)]
+    done = []
+
+    def run(job, rate):
+        now[0] += expected(study, results)(job, False)
+        done.append(job.name)
+        entry = {"training_seconds": study.seconds(job.fraction), "wall_seconds": study.seconds(job.fraction) + 8}
+        results.put(job, {**entry, "astray": False, "mean": 1.0}, {})
+        return 1.0
+
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    (tmp_path / "claims").mkdir()
+    work(study, jobs, Claims(tmp_path / "claims"), 1085, run)
+    assert len(foretold) == 5 and sorted(done) == sorted(foretold)
+
+
+def test_weights_that_are_sampled_are_brought_and_missing_ones_are_no_failure(base, tmp_path):
+    study = replace(read_study(base / "study.toml"), root=tmp_path)
+    results = Results(study.results)
+    job = Job("adherence", "full", "tiny", 0.3, steps=2)
+    results.put(job.trained, {"astray": False, "mean": 1.0, "made": fingerprint(study, job.trained)}, {})
+    assert not ready(study, results, job, False)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / kept(study, job.trained)[0].name).write_bytes(b"weights")
+    command._results(argparse.Namespace(merge=[out]), study)
+    assert ready(study, results, job, False)
+
+
+def test_rows_that_the_sampler_does_not_run_are_not_sampled(base, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    study = read_study(FILE)
+    kinds = {job.kind for job in listed(study, Choice(rows=("local", "strided"), kinds=("run", "adherence")))}
+    assert kinds == {"run"}
+    # Others are on demand: by default only what is listed in [adherence].
+    assert {job.kind for job in listed(study, Choice(rows=("lora-4",)))} == {"tune", "run"}
+    assert "adherence" in {job.kind for job in listed(study, Choice(rows=("lora-4",), kinds=("adherence",)))}
+
+
+def test_rows_that_decide_a_claim_have_all_seeds_where_it_is_decided(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    study = read_study(FILE)
+    jobs = listed(study, Choice(kinds=("run",)))
+    for row in ("full", "control", "lora-11", "lora-11-after-low", "local", "strided"):
+        assert {job.seed for job in jobs if (job.row, job.fraction) == (row, study.first[0])} == {0, 1, 2}
+
+
 def test_failures_are_told_and_end_a_worker_that_only_fails(base, tmp_path, capsys):
     study = replace(read_study(base / "study.toml"), root=tmp_path)
     jobs = listed(study, Choice(kinds=("run",), rows=("full", "control")))
@@ -285,7 +399,7 @@ def test_data_comes_in_parts_that_are_joined(whole, monkeypatch):
     (whole / "claims" / "high-0").unlink()
     data.encode_parts(study, claims, time.time() + 100, "cpu")
     assert data.join(study) == [] and data.parts(study) == []
-    clips = list(read_shards(whole / "data" / "high"))
+    clips = list(read_shards(study.shards / "high"))
     assert sorted(clip.facts.source for clip in clips) == [f"train/{i}" for i in range(5)]
     assert clips[0].facts.caption == caption(scenes("train", int(clips[0].facts.source[6:]), 1)[0], 5)
     assert not list(folder.iterdir())
@@ -309,10 +423,10 @@ def test_adherence_of_dense_and_of_windows_with_the_same_noise(whole, monkeypatc
 
 def test_tuned_weights_are_sampled_with_their_plan(whole, monkeypatch):
     study = read_study(whole / "study.toml")
-    if not (whole / "data" / "high").exists():
+    if not (study.shards / "high").exists():
         test_data_comes_in_parts_that_are_joined(whole, monkeypatch)
     for name in ("low", "high-test", "high-tune"):
-        shutil.copytree(whole / "data" / "high", whole / "data" / name, dirs_exist_ok=True)
+        shutil.copytree(study.shards / "high", study.shards / name, dirs_exist_ok=True)
     monkeypatch.setitem(encode.SIZES, "low", (112, 160))
     results, trainer = Results(study.results), Trainer(study, whole / "work")
     for row in ("full", "lora-4", "two"):
@@ -386,7 +500,7 @@ def made_up(study, results, rng, closures, *, share=1.0):
     """Results of the real study whose closures are known: dense errors by clip, and what each row adds to them."""
     sigma = np.tile((np.arange(16) + 0.5) / 16, (64, 1))
     clips = 0.2 + 0.1 * rng.random((64, 1)) + 0.1 * sigma
-    base = {"astray": False, "noise": "made-up", "tuned": True, "device": "paper", "wall_seconds": 9.0, "made": "-"}
+    base = {"astray": False, "noise": "made-up", "tuned": True, "device": "paper", "wall_seconds": 9.0}
 
     def errors(excess):
         return {"errors": clips + 0.2 * excess + 0.001 * rng.normal(size=sigma.shape)}
@@ -394,7 +508,7 @@ def made_up(study, results, rng, closures, *, share=1.0):
     for job in listed(study):
         row = study.row(job.row)
         excess = 0.0 if row.plan == "dense" else 1.0
-        found = {**base, "training_seconds": study.seconds(job.fraction), "mean": 0.0}
+        found = {**base, "made": fingerprint(study, job), "training_seconds": study.seconds(job.fraction), "mean": 0.0}
         if rng.random() > share:
             continue
         if job.kind == "adherence":
@@ -465,6 +579,19 @@ def test_workers_are_ended_when_the_time_is_over(tmp_path):
     assert pool.run_all(commands, tmp_path, started + 2, tmp_path / "cache", lambda: calls.append(1)) == [3]
     assert time.time() - started < 15 and len(calls) > 1
     assert (tmp_path / "worker-1.log").read_text() == visible_cards(2)[1]
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path):
+    worker = (
+        "import time; from tools.small_model.study.pool import end_with_parent\n"
+        f"end_with_parent(); open({str(tmp_path / 'up')!r}, 'w').write('x'); time.sleep(600)"
+    )
+    parent = f"import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', {worker!r}]); time.sleep(600)"
+    process = subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    while not (tmp_path / "up").exists():
+        time.sleep(0.1)
+    process.kill()
+    process.communicate(timeout=150)  # the pipe is the child's too: it ends when both have
 
 
 def test_a_job_that_is_cut_off_leaves_nothing(base, monkeypatch):

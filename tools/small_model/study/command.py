@@ -21,13 +21,16 @@ from pathlib import Path
 
 from t3.cli import run as guarded
 from t3.errors import T3Error
+from t3.files import atomic_path
 
 from ..files import say
-from .jobs import ADHERENCE, KINDS, RUN, TUNE, Choice, Job, listed, training_seconds
+from .jobs import KINDS, RUN, Choice, Job, kept, listed, sampled_weights, training_seconds, tries_of
 from .results import Results
 from .settings import FILE, Study, read_study
 
+_MERGE = "what former runs brought to their --out: those folders, or study.zip and weights out of them"
 _LAST = 15.0  # seconds of `run --seconds` that are kept for ending workers and writing the archive
+_START = 20.0  # that a process is expected to take before its first job
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,6 +56,9 @@ def _parser() -> argparse.ArgumentParser:
 
     lists = commands.add_parser("list")
     _add_choice(lists)
+    lists.add_argument("--workers", type=int, default=1, help="cards to say of what fits into --seconds")
+    lists.add_argument("--seconds", type=float, help="also say which jobs `run` would do in so many")
+    lists.add_argument("--untuned", action="store_true", help="as for run")
     lists.set_defaults(do=_list)
 
     data = commands.add_parser("data")
@@ -64,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_choice(run)
     run.add_argument("--workers", type=int, default=1, help="cards to use, a process for each")
     run.add_argument("--seconds", type=float, default=560, help="time for all of it, from the start of this program")
-    run.add_argument("--out", type=Path, help="folder for study.zip and the logs")
+    run.add_argument("--out", type=Path, help="folder for study.zip, the weights that are sampled, and the logs")
     run.add_argument("--untuned", action="store_true", help="train at the middle rate of rows that were not tuned")
     run.add_argument("--compile", action=argparse.BooleanOptionalAction, help="instead of what the recipe says")
     run.set_defaults(do=_run)
@@ -84,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     keep.set_defaults(do=_keep)
 
     report = commands.add_parser("report")
-    report.add_argument("--merge", type=Path, nargs="*", default=[], help="archives or folders of results to take in")
+    report.add_argument("--merge", type=Path, nargs="*", default=[], help=_MERGE)
     report.add_argument("--out", type=Path, required=True, help="folder for study.md, study.json and curves")
     report.add_argument("--docs", type=Path, help="also put the tables between the marks in this Markdown file")
     report.set_defaults(do=_report)
@@ -105,13 +111,33 @@ def _add_choice(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=words, default=(), help="default all")
     parser.add_argument("--fractions", type=numbers, default=(), help="0.1,0.3; default each row's own")
     parser.add_argument("--seeds", type=wholes, default=(), help="0,1,2; default each row's own")
-    parser.add_argument("--merge", type=Path, nargs="*", default=[], help="archives or folders of results to take in")
+    parser.add_argument("--merge", type=Path, nargs="*", default=[], help=_MERGE)
+
+
+def _results(args: argparse.Namespace, study: Study) -> Results:
+    """The results there are, with those that are to be taken in, and without those of other settings."""
+    results, sources = Results(study.results), getattr(args, "merge", [])
+    for folder in (source for source in sources if source.is_dir()):
+        sources = [*sources, *sorted(folder.glob("*.zip")), *sorted(folder.glob("*.safetensors"))]
+    weights = [path for path in sources if path.suffix == ".safetensors"]
+    if sources:
+        say(f"{results.merge(path for path in sources if path not in weights)} results taken in")
+    for path in weights:
+        if not (study.weights / path.name).exists():
+            _copy(path, study.weights)
+    if aside := results.set_aside(study):
+        say(f"{len(aside)} results of other settings, now in {study.results / 'former'}: {_some(aside)}")
+    return results
+
+
+def _copy(path: Path, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_path(folder / path.name, overwrite=True) as temp:
+        shutil.copyfile(path, temp)
 
 
 def _chosen(args: argparse.Namespace, study: Study) -> tuple[list[Job], Results]:
-    results = Results(study.results)
-    if args.merge:
-        say(f"{results.merge(args.merge)} results taken in")
+    results = _results(args, study)
     return listed(study, Choice(args.kinds, args.rows, args.fractions, args.seeds)), results
 
 
@@ -121,23 +147,43 @@ def _list(args: argparse.Namespace, study: Study, started: float) -> int:
         say(f"{'done' if results.has(job) else '    '} {job.name}")
     left = [job for job in jobs if not results.has(job)]
     say(f"{len(jobs)} jobs, {len(left)} left: {training_seconds(study, left):.0f} GPU seconds of steps")
+    if args.seconds is not None:
+        _foretell(study, jobs, results, args.workers, args.seconds, args.untuned)
     return 0
+
+
+def _foretell(study: Study, jobs: list[Job], results: Results, workers: int, seconds: float, untuned: bool) -> None:
+    """Say what fits into the time, and what lacks the weights it would sample."""
+    from .worker import foreseen
+
+    left = [job for job in jobs if not results.has(job)]
+    fit = foreseen(study, jobs, results, workers, seconds - _LAST - _START, untuned)
+    steps = training_seconds(study, fit)
+    cards = f"{workers} card{'s' if workers > 1 else ''}"
+    say(f"{len(fit)} of {len(left)} jobs fit into {seconds:.0f} s on {cards}, {steps:.0f} s of steps: {_some(fit)}")
+    for name, paths in sampled_weights(study, left).items():
+        lacking = [path for path in paths if not path.exists()]
+        if lacking and (study.results / f"{name}.json").exists():
+            say(
+                f"{lacking[0]} is not here, so nothing is sampled from it. Bring it with --merge, or remove "
+                f"{study.results / name}.json to have it trained again."
+            )
 
 
 def _data(args: argparse.Namespace, study: Study, started: float) -> int:
     from .data import join, part_folder, parts, prepare
     from .pool import run_all
 
-    deadline = started + args.seconds
+    deadline = started + args.seconds - _LAST
     prepare(study)
     for name in study.data:
-        if (study.root / "data" / name).exists():
-            say(f"{study.root / 'data' / name} is there and is taken as it is")
+        if (study.shards / name).exists():
+            say(f"{study.shards / name} is there and is taken as it is")
     statuses: list[int] = []
     if parts(study):
         part_folder(study, "", 0).parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as claims:
-            commands = [_worker(args, Path(claims), deadline - _LAST, i) for i in range(args.workers)]
+            commands = [_worker(args, Path(claims), deadline, i) for i in range(args.workers)]
             statuses = run_all(commands, study.folder / "logs", deadline, study.folder / "compiled")
     lacking = join(study)
     if lacking:
@@ -160,14 +206,19 @@ def _run(args: argparse.Namespace, study: Study, started: float) -> int:
     jobs, results = _chosen(args, study)
     _check(study, jobs, results, args.untuned)
     todo = sum(not results.has(job) for job in jobs)
-    archive = args.out / "study.zip" if args.out else None
-    packed = -1
+    _foretell(study, jobs, results, args.workers, args.seconds - (time.time() - started), args.untuned)
+    weights = [path for paths in sampled_weights(study, listed(study)).values() for path in paths]
+    packed, brought = -1, set()
 
     def pack() -> None:
         # After every job, so that a machine that goes away takes little with it.
         nonlocal packed
-        if archive and (count := len(results.names())) != packed:
-            packed = results.pack(archive) if count else 0
+        if args.out and (count := len(results.names())) != packed:
+            packed = results.pack(args.out / "study.zip") if count else 0
+            for path in weights:
+                if path.exists() and (version := (path, path.stat().st_mtime_ns)) not in brought:
+                    _copy(path, args.out)
+                    brought.add(version)
 
     with tempfile.TemporaryDirectory() as temp:
         claims, listing = Path(temp, "claims"), Path(temp, "jobs")
@@ -190,17 +241,17 @@ def _run(args: argparse.Namespace, study: Study, started: float) -> int:
     return 0
 
 
-def _some(jobs: list[Job]) -> str:
-    names = ", ".join(job.name for job in jobs[:3])
-    return f"{names} and {len(jobs) - 3} more" if len(jobs) > 3 else names or "none"
+def _some(jobs: Sequence[Job | str]) -> str:
+    names = [job if isinstance(job, str) else job.name for job in jobs[:3]]
+    return ", ".join(names) + (f" and {len(jobs) - 3} more" if len(jobs) > 3 else "") or "none"
 
 
 def _check(study: Study, jobs: list[Job], results: Results, untuned: bool) -> None:
-    """Raise `T3Error` for runs that could never start; tell of results that were made by other settings."""
+    """Raise `T3Error` for runs that could never start."""
     for job in jobs:
         row = study.row(job.row)
         if job.kind == RUN and not untuned and results.rate(study, row) is None:
-            tries = {Job(TUNE, row.name, row.plan, study.tune_fraction, rate=rate) for rate in row.rates}
+            tries = tries_of(study, row)
             lacking = [other for other in tries if not results.has(other) and other not in jobs]
             if lacking:
                 raise T3Error(
@@ -211,16 +262,13 @@ def _check(study: Study, jobs: list[Job], results: Results, untuned: bool) -> No
                 raise T3Error(
                     f"row {row.name!r}: training went astray at every rate. Give it lower ones in study.toml."
                 )
-        if job.kind == ADHERENCE or (found := results.get(job)) is None:
-            continue
-        measured = study.tuning if job.kind == TUNE else study.validation
-        if found["made"] != study.fingerprint(row, job.fraction, measured):
-            say(f"{job.name} is there, made by other settings; remove it from {study.results} to have it run again")
 
 
 def _work(args: argparse.Namespace, study: Study, started: float) -> int:
+    from .pool import end_with_parent
     from .worker import Claims, device_of, start
 
+    end_with_parent()
     if args.job_list is None:
         from .data import encode_parts
 
@@ -232,9 +280,7 @@ def _work(args: argparse.Namespace, study: Study, started: float) -> int:
 
 
 def _keep(args: argparse.Namespace, study: Study, started: float) -> int:
-    from .training import kept
-
-    results = Results(study.results)
+    results = _results(args, study)
     runs = [(found["mean"], job) for job, found in results.all() if job.kind == RUN and not found["astray"]]
     here = [(error, job) for error, job in runs if all(path.exists() for path in kept(study, job))]
     groups = [{name} for name in args.row] or [{"full"}, {name for name in study.rows if _plain_lora(study, name)}]
@@ -268,8 +314,7 @@ def _plain_lora(study: Study, name: str) -> bool:
 def _report(args: argparse.Namespace, study: Study, started: float) -> int:
     from .report import write
 
-    results = Results(study.results)
-    say(f"{results.merge(args.merge)} results taken in")
+    results = _results(args, study)
     text = write(study, results, args.out)
     if args.docs:
         from .report import put

@@ -33,11 +33,9 @@ def configs(study: Study, job: Job, rate: float, folder: Path) -> list[Config]:
         content["train"]["seed"] = job.seed
         if study.compile is not None and "compile" not in phase.tables.get("train", {}):
             content["train"]["compile"] = study.compile
-        content["data"]["validation"] = [str(study.root / "data" / measured.folder)]
+        content["data"]["validation"] = [str(study.shards / measured.folder)]
         content["validation"] = {"clips": 0, "levels": measured.levels, "draws": measured.draws}
         content["output"]["folder"] = str(folder / f"{job.name}-{number}")
-        if number < len(row.phases):
-            content["output"]["dtype"] = "float32"  # training goes on from it
         if job.kind == MEASURE:
             content["stages"] = [{"steps": 0}]
         else:

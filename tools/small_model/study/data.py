@@ -30,13 +30,13 @@ def prepare(study: Study) -> None:
 
 def parts(study: Study) -> list[tuple[str, int]]:
     """All parts that are missing, as `(data set, number)`: those of the largest sets first."""
-    missing = [name for name in study.data if not (study.root / "data" / name / INDEX).exists()]
+    missing = [name for name in study.data if not (study.shards / name / INDEX).exists()]
     missing.sort(key=lambda name: -study.data[name].clips)
     return [(name, i) for name in missing for i in range(study.parts) if not part_folder(study, name, i).exists()]
 
 
 def part_folder(study: Study, name: str, number: int) -> Path:
-    return study.root / "data" / "parts" / f"{name}-{number}"
+    return study.shards / "parts" / f"{name}-{number}"
 
 
 def part_arguments(study: Study, entry: Encoded, number: int, out: Path, device: str) -> list[str]:
@@ -73,7 +73,7 @@ def join(study: Study) -> list[str]:
     """Put the parts of every data set that has all of them together; the names of those that lack some."""
     lacking = []
     for name in study.data:
-        target = study.root / "data" / name
+        target = study.shards / name
         if (target / INDEX).exists():
             continue
         folders = [part_folder(study, name, i) for i in range(study.parts)]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 from t3.errors import T3Error
 
+from ..files import read_toml
 from .settings import DENSE, Row, Study
 
 MEASURE, TUNE, RUN, ADHERENCE = KINDS = ("measure", "tune", "run", "adherence")
@@ -78,8 +82,7 @@ def listed(study: Study, choice: Choice = Choice()) -> list[Job]:
         if MEASURE in kinds and row.measure:
             found.append(((0, place), Job(MEASURE, row.name, row.plan)))
         if TUNE in kinds and not row.measure:
-            tries = (Job(TUNE, row.name, row.plan, study.tune_fraction, rate=rate) for rate in row.rates)
-            found += [((1, not row.deciding, place), job) for job in tries]
+            found += [((1, not row.deciding, place), job) for job in tries_of(study, row)]
         if RUN in kinds and not row.measure:
             found += [((2, _order(study, row, job), place), job) for job in _runs(study, row, choice)]
         if ADHERENCE in kinds and _is_sampled(study, row, choice):
@@ -89,11 +92,40 @@ def listed(study: Study, choice: Choice = Choice()) -> list[Job]:
     return [job for _, job in sorted(found, key=lambda entry: entry[0])]
 
 
+def tries_of(study: Study, row: Row) -> list[Job]:
+    """The jobs that choose a row's learning rate."""
+    return [Job(TUNE, row.name, row.plan, study.tune_fraction, rate=rate) for rate in row.rates]
+
+
+def fingerprint(study: Study, job: Job) -> str:
+    """A short hash of the settings that decide a job's result: no titles, no other tries, no places on a disk."""
+    row, asked = study.row(job.row), study.adherence
+    measured: Any = asdict(study.tuning if job.kind == TUNE else study.validation)
+    if job.kind == ADHERENCE:
+        measured = [asked.prompts, asked.size, asked.frames, asked.cfg]
+    plan = None if row.plan == DENSE else study.plans[row.plan].to_json()
+    data = {name: asdict(entry) for name, entry in study.data.items()}
+    training = [asdict(phase) for phase in row.phases], study.seconds(job.fraction), data, study.parts
+    recipe = {name: table for name, table in read_toml(study.recipe).items() if name != "output"}
+    recipe["model"] = {name: value for name, value in recipe["model"].items() if name != "dit"}
+    recipe["data"] = {name: value for name, value in recipe["data"].items() if name not in ("sets", "validation")}
+    entry = [row.plan, plan, training, measured, recipe]
+    return hashlib.sha256(json.dumps(entry, sort_keys=True).encode("utf-8")).hexdigest()[:12]
+
+
 def _runs(study: Study, row: Row, choice: Choice) -> Iterable[Job]:
     few = {study.first[0], *((study.adherence.fraction,) if row.name in study.adherence.rows else ())}
     fractions = choice.fractions or (study.fractions if row.deciding else sorted(few))
-    seeds = choice.seeds or (study.seeds if row.deciding else study.seeds[:1])
-    return [Job(RUN, row.name, row.plan, fraction, seed) for fraction in fractions for seed in seeds]
+    return [
+        Job(RUN, row.name, row.plan, fraction, seed)
+        for fraction in fractions
+        for seed in choice.seeds or _seeds(study, row, fraction)
+    ]
+
+
+def _seeds(study: Study, row: Row, fraction: float) -> tuple[int, ...]:
+    all_of_them = row.deciding or (row.repeated and fraction == study.first[0])
+    return study.seeds if all_of_them else study.seeds[:1]
 
 
 def _order(study: Study, row: Row, job: Job) -> float:
@@ -103,9 +135,10 @@ def _order(study: Study, row: Row, job: Job) -> float:
 
 
 def _is_sampled(study: Study, row: Row, choice: Choice) -> bool:
-    """Un-tuned models are sampled under every plan: the gates ask for it."""
+    """Un-tuned models are sampled under every plan: the gates ask for it. Other rows where row and kind are named."""
     rows = study.adherence.rows
-    return bool(choice.rows) or row.name in rows or (row.measure and row.like in rows)
+    asked = ADHERENCE in choice.kinds and bool(choice.rows) and not row.one_kind
+    return asked or row.name in rows or (row.measure and row.like in rows)
 
 
 def _sampled(study: Study, row: Row, choice: Choice) -> Iterable[Job]:
@@ -120,6 +153,19 @@ def _sampled(study: Study, row: Row, choice: Choice) -> Iterable[Job]:
         for noise in range(asked.seeds)
         for count in steps
     ]
+
+
+def kept(study: Study, job: Job) -> list[Path]:
+    """Where the weights of a "run" job's phases are kept: those of the last one under the job's name."""
+    phases = len(study.row(job.row).phases)
+    names = [f"{job.name}.phase-{number}" for number in range(1, phases)] + [job.name]
+    return [study.weights / f"{name}.safetensors" for name in names]
+
+
+def sampled_weights(study: Study, jobs: Iterable[Job]) -> dict[str, list[Path]]:
+    """The weights that adherence jobs among these sample, by the name of the run that they are of."""
+    trained = (job.trained for job in jobs if job.kind == ADHERENCE)
+    return {job.name: kept(study, job) for job in trained if job.kind == RUN}
 
 
 def training_seconds(study: Study, jobs: Collection[Job]) -> float:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -47,6 +48,19 @@ def run_all(
         _end(processes)
     each()
     return ended
+
+
+def end_with_parent() -> None:
+    """Have this process asked to end once the one that started it is gone, killed for instance: going on beside a new
+    run it would take seconds of the card that count as that run's."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _end(processes: list[subprocess.Popen]) -> None:

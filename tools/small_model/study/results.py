@@ -22,7 +22,7 @@ import numpy as np
 from t3.errors import T3Error
 from t3.files import atomic_path
 
-from .jobs import TUNE, Job
+from .jobs import RUN, Job, fingerprint, kept, tries_of
 from .settings import Row, Study
 
 
@@ -91,9 +91,34 @@ class Results:
 
     def tries(self, study: Study, row: Row) -> dict[float, float]:
         """The error of each rate that was tried; infinite where training went astray."""
-        jobs = {rate: Job(TUNE, row.name, row.plan, study.tune_fraction, rate=rate) for rate in row.rates}
-        found = {rate: self.get(job) for rate, job in jobs.items()}
+        found = {job.rate: self.get(job) for job in tries_of(study, row)}
         return {rate: math.inf if r["astray"] else r["mean"] for rate, r in found.items() if r is not None}
+
+    def set_aside(self, study: Study) -> list[str]:
+        """Move results of other settings, or of another dense model, with the weights of those runs into folders
+        called `former` beside them; their names. Raises `T3Error` where the dense model is not here to tell.
+        """
+        models: set[str] = {entry["dense"] for _, entry in self.all() if entry.get("dense")}
+        if study.dense is None and len(models) > 1:
+            raise T3Error(
+                f"results in {self.folder} start from {len(models)} dense models ({', '.join(sorted(models))}). Put "
+                f"the right one where {study.recipe} says: those of the others are then set aside."
+            )
+        aside = []
+        for job, entry in self.all():
+            row = study.rows.get(job.row)
+            same = row is not None and row.plan == job.plan and entry["made"] == fingerprint(study, job)
+            if same and entry.get("dense") in (None, study.dense or entry["dense"]):
+                continue
+            files = [self._path(job.name), self.folder / f"{job.name}.npz"]
+            files += kept(study, job) if row is not None and job.kind == RUN else []
+            for path in files:  # the JSON first: without it there is no result
+                if path.exists():
+                    (path.parent / "former").mkdir(exist_ok=True)
+                    path.replace(path.parent / "former" / path.name)
+            del self._read[job.name]
+            aside.append(job.name)
+        return aside
 
     def pack(self, archive: Path) -> int:
         """Put all results into one zip file; how many jobs. A result that is being written is left for next time."""

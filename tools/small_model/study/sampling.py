@@ -15,10 +15,9 @@ from ..detector import detect
 from ..evaluate import jobs as prompts
 from ..evaluate import load_engine, options, row, sampled
 from ..files import read_toml
-from .jobs import RUN, Job
+from .jobs import RUN, Job, fingerprint, kept
 from .results import Results
 from .settings import DENSE, Study
-from .training import kept
 
 
 def weights(study: Study, job: Job) -> dict[str, Any]:
@@ -31,13 +30,12 @@ def weights(study: Study, job: Job) -> dict[str, Any]:
     trained, chosen = job.trained, study.row(job.row)
     if trained.kind != RUN:
         return {"dit": base, "t3-weights": None, "plan": plan}
-    if any("branches" in phase.tables.get("model", {}) for phase in chosen.phases):
+    if chosen.one_kind:
         raise T3Error(f"row {job.row!r} has one kind of windows alone, which the sampler does not run.")
     files = kept(study, trained)
     if missing := [path for path in files if not path.exists()]:
         raise T3Error(f"{missing[0]} is not here: run the job {trained.name} on this machine first.")
-    lora = chosen.phases[-1].tables.get("trainable", {}).get("what") == "lora"
-    if not lora:
+    if not chosen.lora:
         return {"dit": str(files[-1]), "t3-weights": None, "plan": DENSE if job.plan == DENSE else "auto"}
     return {"dit": str(files[-2]) if len(files) > 1 else base, "t3-weights": str(files[-1]), "plan": "auto"}
 
@@ -65,7 +63,8 @@ def sample(study: Study, job: Job, results: Results, model: Path, device: str) -
     # The first batch warms up, the last one may be smaller.
     paced = sorted(seconds[1:-1] or seconds)
     found = {
-        "made": study.fingerprint(study.row(job.row), job.fraction, asked),
+        "made": fingerprint(study, job),
+        "dense": study.dense,
         "all": 100 * float(arrays["all"].mean()),
         "agreement": 100 * float(arrays["agreement"].mean()),
         "sampling_seconds": round(paced[len(paced) // 2] / min(asked.batch, asked.prompts), 5),  # of one clip

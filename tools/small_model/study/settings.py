@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ class Row:
     """One way of tuning. `plan` and `reference` (the un-tuned row it is measured against) are names.
 
     rates: the learning rates that are tried. measure: nothing is trained. deciding: has all fractions and seeds.
-    like: the row of which it is a variant under another plan.
+    repeated: has all seeds at the first of the bars' fractions. like: the row of which it is a variant under another
+    plan.
     """
 
     name: str
@@ -46,6 +47,17 @@ class Row:
     deciding: bool
     phases: tuple[Phase, ...]
     like: str = ""
+    repeated: bool = False
+
+    @property
+    def one_kind(self) -> bool:
+        """Whether it has local or strided windows alone, which no plan says and the sampler does not run."""
+        return any("branches" in phase.tables.get("model", {}) for phase in self.phases)
+
+    @property
+    def lora(self) -> bool:
+        """Whether what it trains last is a LoRA."""
+        return self.phases[-1].tables.get("trainable", {}).get("what") == "lora"
 
 
 @dataclass(frozen=True)
@@ -112,6 +124,11 @@ class Study:
         return self.root / "study"
 
     @property
+    def shards(self) -> Path:
+        """Its data sets, by name: apart from those of the model's stages, which have other clips."""
+        return self.folder / "data"
+
+    @property
     def results(self) -> Path:
         return self.folder / "results"
 
@@ -135,12 +152,11 @@ class Study:
         """The budget in GPU seconds of the steps."""
         return fraction * self.pretraining_seconds
 
-    def fingerprint(self, row: Row, fraction: float, measured: Measure | Adherence) -> str:
-        """A short hash of what decides a result, so that one of other settings is noticed."""
-        plan = None if row.plan == DENSE else self.plans[row.plan].to_json()
-        entry = [dataclasses.asdict(row), dataclasses.asdict(measured), self.seconds(fraction), plan]
-        text = json.dumps(entry, sort_keys=True) + self.recipe.read_text(encoding="utf-8")
-        return hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
+    @cached_property
+    def dense(self) -> str | None:
+        """A short hash of the dense model's file that all rows start from; None where it is not on this machine."""
+        path = Path(read_toml(self.recipe)["model"]["dit"][0])
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.exists() else None
 
     def plan_file(self, name: str) -> str:
         """What `[model] plan` says for a plan's name: a JSON file, written here if it is not there; or "dense"."""
@@ -229,7 +245,20 @@ def _build(kind: type, entry: dict[str, Any], where: str) -> Any:
 def _row(entry: dict[str, Any], main: str, plans: dict[str, Plan], rates: dict[str, list[float]]) -> Row:
     name = entry["name"]
     where = f"row {name!r}"
-    known = ("name", "like", "title", "plan", "reference", "rates", "measure", "deciding", "phases", "stages", *TABLES)
+    known = (
+        "name",
+        "like",
+        "title",
+        "plan",
+        "reference",
+        "rates",
+        "measure",
+        "deciding",
+        "repeated",
+        "phases",
+        "stages",
+        *TABLES,
+    )
     if extra := sorted(set(entry) - set(known)):
         raise T3Error(f"{where} has {extra[0]!r}; known are {', '.join(known)}.")
     plan = entry.get("plan", MAIN)
@@ -256,6 +285,7 @@ def _row(entry: dict[str, Any], main: str, plans: dict[str, Plan], rates: dict[s
         entry.get("deciding", False),
         phases,
         entry.get("like", ""),
+        entry.get("repeated", False),
     )
 
 

@@ -20,7 +20,7 @@ from t3.retrofit.loop import Loop
 from t3.retrofit.session import make_accelerator, start
 
 from .configs import configs, result
-from .jobs import RUN, TUNE, Job
+from .jobs import RUN, Job, fingerprint, kept
 from .results import Results
 from .settings import Study
 
@@ -74,8 +74,7 @@ class Trainer:
         try:
             loops, astray = self._phases(made)
             found = self._describe(job, made, loops, rate, tuned, started)
-            measured = self.study.tuning if job.kind == TUNE else self.study.validation
-            found["made"] = self.study.fingerprint(self.study.row(job.row), job.fraction, measured)
+            found |= {"made": fingerprint(self.study, job), "dense": self.study.dense}
             found |= {"astray": True, "mean": None, "summary": None}
             arrays, sigma = {}, None
             ended = None if astray else loops[-1].found
@@ -133,7 +132,8 @@ class Trainer:
             "validation_seconds": round(loops[-1].finish.took.get("validation", 0.0), 2),
             "wall_seconds": round(time.monotonic() - started, 2),
             "steps": steps,
-            "clips": sum(count * config.train.batch for count, config in zip(steps, made, strict=True)),
+            # A run that goes astray has fewer phases than it was to have.
+            "clips": sum(count * config.train.batch for count, config in zip(steps, made, strict=False)),
             "trained": sum(p.numel() for p in loops[-1].session.parameters),
             "device": name,
             "torch": torch.__version__,
@@ -145,13 +145,6 @@ class Trainer:
         self.study.weights.mkdir(parents=True, exist_ok=True)
         for config, path in zip(made, kept(self.study, job), strict=True):
             shutil.move(result(config), path)
-
-
-def kept(study: Study, job: Job) -> list[Path]:
-    """Where the weights of a "run" job's phases are kept: those of the last one under the job's name."""
-    phases = len(study.row(job.row).phases)
-    names = [f"{job.name}.phase-{number}" for number in range(1, phases)] + [job.name]
-    return [study.weights / f"{name}.safetensors" for name in names]
 
 
 def table(found: validation.Measured, draws: int) -> tuple[np.ndarray, np.ndarray]:

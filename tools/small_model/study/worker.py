@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..files import say
-from .jobs import ADHERENCE, MEASURE, RUN, TUNE, Job
+from .jobs import ADHERENCE, MEASURE, RUN, TUNE, Job, kept, tries_of
 from .results import Results
 from .settings import Study
 
@@ -47,16 +47,32 @@ class Claims:
         return any(not name.endswith(".end") and f"{name}.end" not in names for name in names)
 
 
-def expected(study: Study, results: Results) -> Callable[[Job], float]:
-    """How many seconds a job will take, as a function: its steps, and what jobs like it took beside theirs."""
-    known = [(job, found["wall_seconds"] - found.get("training_seconds", 0.0)) for job, found in results.all()]
+def expected(study: Study, results: Results) -> Callable[[Job, bool], float]:
+    """How many seconds a job will take, as a function of it and of whether its row has just been run by this process:
+    its steps, and what jobs like it took beside theirs."""
+    training = MEASURE, TUNE, RUN
+    starts: dict[str, list[float]] = {}
+    rests: dict[tuple[str, int], dict[str, list[float]]] = {}
+    for job, found in results.all():
+        start = found.get("start_seconds", 0.0)
+        rest = found["wall_seconds"] - found.get("training_seconds", 0.0) - start
+        if job.kind in training:
+            starts.setdefault(job.row, []).append(start)
+        rests.setdefault((job.kind, job.steps), {}).setdefault(job.row, []).append(rest)
+    every = [start for some in starts.values() for start in some]
 
-    def seconds(job: Job) -> float:
-        alike = [(other.row, value) for other, value in known if (other.kind, other.steps) == (job.kind, job.steps)]
-        own = [value for row, value in alike if row == job.row]
-        beside = max(own or [value for _, value in alike], default=None)
+    def seconds(job: Job, warm: bool = False) -> float:
         steps = study.seconds(job.fraction) if job.kind in (TUNE, RUN) else 0.0
-        return steps + (study.overhead_seconds if beside is None else _MARGIN * beside)
+        alike = rests.get((job.kind, job.steps))
+        if alike is None:
+            return steps + study.overhead_seconds
+        rest = max(alike.get(job.row) or [value for some in alike.values() for value in some])
+        start = 0.0
+        if job.kind in training:
+            # The longest start had everything to compile, as a process new to the row has, whatever job was its first.
+            own = starts.get(job.row)
+            start = min(own) if own and warm else max(own or every)
+        return steps + _MARGIN * (start + rest)
 
     return seconds
 
@@ -73,9 +89,50 @@ def rate_of(study: Study, results: Results, job: Job, untuned: bool) -> float | 
 
 def ready(study: Study, results: Results, job: Job, untuned: bool) -> bool:
     """Whether what a job starts from is there."""
-    if job.kind == ADHERENCE:
-        return job.trained.kind == MEASURE or results.has(job.trained)
-    return rate_of(study, results, job, untuned) is not None
+    if job.kind == ADHERENCE and job.trained.kind == RUN:
+        return results.has(job.trained) and all(path.exists() for path in kept(study, job.trained))
+    return job.kind == ADHERENCE or rate_of(study, results, job, untuned) is not None
+
+
+def in_turn(jobs: list[Job], last: tuple[str, str]) -> list[Job]:
+    """Jobs in the order in which a process takes them: a row that it has just compiled goes on, if it is among the
+    next."""
+    return [*sorted(jobs[:_NEAR], key=lambda job: (job.kind, job.row) != last), *jobs[_NEAR:]]
+
+
+def foreseen(study: Study, jobs: list[Job], results: Results, workers: int, seconds: float, untuned: bool) -> list[Job]:
+    """The jobs that so many processes will do in so many seconds, as far as jobs like them tell."""
+    left, length = [job for job in jobs if not results.has(job)], expected(study, results)
+    ends: dict[str, float] = {}
+    free, lasts = [0.0] * workers, [("", "")] * workers
+
+    def since(job: Job) -> float | None:
+        """When a job can start; None for never."""
+        if ready(study, results, job, untuned):
+            return 0.0
+        if job.kind == ADHERENCE:
+            needed = [job.trained]
+        else:
+            tries = tries_of(study, study.row(job.row))
+            needed = [other for other in tries if not results.has(other)]
+            if not needed:
+                return None
+        return max(ends[other.name] for other in needed) if all(other.name in ends for other in needed) else None
+
+    while free:
+        number = min(range(len(free)), key=lambda i: free[i])
+        now, last = free[number], lasts[number]
+        open_ = [job for job in left if job.name not in ends]
+        fitting = [job for job in open_ if now + length(job, job.row == last[1]) < seconds]
+        able = in_turn([job for job in fitting if (at := since(job)) is not None and at <= now], last)
+        if able:
+            free[number] = ends[able[0].name] = now + length(able[0], able[0].row == last[1])
+            lasts[number] = able[0].kind, able[0].row
+        elif fitting and any(end > now for end in ends.values()):
+            free[number] = min(end for end in ends.values() if end > now)
+        else:
+            del free[number], lasts[number]
+    return [job for job in left if job.name in ends]
 
 
 def work(
@@ -96,10 +153,8 @@ def work(
     while failures < _FAILURES:
         left = [job for job in jobs if not claims.taken(job.name) and not results.has(job)]
         seconds, now = expected(study, results), time.time()
-        fitting = [job for job in left if now + seconds(job) < deadline]
-        able = [job for job in fitting if ready(study, results, job, untuned)]
-        # A row that has just been compiled goes on, if it is among the next.
-        able[:_NEAR] = sorted(able[:_NEAR], key=lambda job: (job.kind, job.row) != last)
+        fitting = [job for job in left if now + seconds(job, job.row == last[1]) < deadline]
+        able = in_turn([job for job in fitting if ready(study, results, job, untuned)], last)
         chosen = next((job for job in able if claims.take(job.name)), None)
         if chosen is None:
             if fitting and claims.under_way():
