@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from t3.errors import T3Error
+
 from ..files import TRAINED
 from .jobs import ADHERENCE, MEASURE, RUN, TUNE, Job
 from .results import Results
@@ -66,7 +68,7 @@ class Evidence:
             everything = [*jobs[0], *jobs[1], reference]
             noises = {entry["noise"] for job in everything if (entry := self.found(job)) is not None}
             if len(noises) > 1:
-                raise ValueError(f"{row} at {fraction}: measured with different noise: {sorted(noises)}")
+                raise T3Error(f"{row} at {fraction}: measured with different noise: {', '.join(sorted(noises))}.")
             both = [np.stack([self.errors(job) for job in some]) for some in jobs]
             sigma = self.results.sigma(reference).astype(np.float64)
             self._curves[key] = Curve(both[0], both[1], self.errors(reference)[None], sigma)
@@ -100,15 +102,14 @@ class Evidence:
         runs = self.runs(row, fraction)
         if not runs:
             return None
-        clips = float(np.mean([entry["clips"] for entry in runs.values()]))
+        clips = _mean(runs, "clips")
         points: list[tuple[float, float]] = []
         for other in self.study.fractions:
-            if control := self.runs(CONTROL, other):
-                entries = control.values()
-                points.append(
-                    (float(np.mean([e["clips"] for e in entries])), float(np.mean([e["mean"] for e in entries])))
-                )
-        return float(np.mean([entry["mean"] for entry in runs.values()])), interpolated(points, clips)
+            control = self.runs(CONTROL, other)
+            if runs.keys() <= control.keys():  # by the same seeds, or they would be compared with others' luck
+                same = {seed: control[seed] for seed in runs}
+                points.append((_mean(same, "clips"), _mean(same, "mean")))
+        return _mean(runs, "mean"), interpolated(points, clips)
 
     # --- sampled clips --------------------------------------------------------------------------------------------
 
@@ -158,11 +159,10 @@ class Evidence:
         dense, untuned = (self.found(self.job(MEASURE, name)) for name in (DENSE_ROW, row))
         return None if dense is None or untuned is None else 100 * (untuned["mean"] / dense["mean"] - 1)
 
-    def untuned_drop(self, row: str) -> Estimate | None:
-        """By how many points adherence falls under an un-tuned row's windows."""
+    def untuned_drop(self, row: str) -> tuple[Estimate, int] | None:
+        """By how many points adherence falls under an un-tuned row's windows, and at how many noise seeds."""
         steps = self.study.adherence.steps
-        found = self.share_ahead((DENSE_ROW, 0.0, steps), (row, 0.0, steps), "all")
-        return found[0] if found else None
+        return self.share_ahead((DENSE_ROW, 0.0, steps), (row, 0.0, steps), "all")
 
     def count(self, kind: str) -> int:
         return sum(job.kind == kind for job, _ in self.jobs.values())
@@ -170,6 +170,10 @@ class Evidence:
     @property
     def kinds(self) -> dict[str, int]:
         return {kind: self.count(kind) for kind in (MEASURE, TUNE, RUN, ADHERENCE)}
+
+
+def _mean(runs: dict[int, dict[str, Any]], name: str) -> float:
+    return float(np.mean([entry[name] for entry in runs.values()]))
 
 
 def _read(path, *keys: str) -> float | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..files import say
 from .evidence import CONTROL, Evidence
-from .statistics import BANDS
+from .statistics import BANDS, Estimate
 
 
 def draw(e: Evidence, out: Path) -> list[Path]:
@@ -44,9 +45,9 @@ def _by_budget(e: Evidence, rows: list[str], figure: Any) -> None:
             (left, [curve.closure() for curve in curves], 100),
             (right, [curve.excess() for curve in curves], 1000),
         ):
-            below = [scale * (f.value - f.low) for f in found]
-            above = [scale * (f.high - f.value) for f in found]
-            axes.errorbar(percents, [scale * f.value for f in found], [below, above], marker="o", ms=3, lw=1, label=row)
+            places = [place for place, each in zip(percents, found, strict=True) if each is not None]
+            values, spread = _scaled(found, scale)
+            axes.errorbar(places, values, spread, marker="o", ms=3, lw=1, label=row)
     left.set(title="closure, %", xlabel="% of pre-training's GPU seconds", xscale="log")
     right.set(title="excess over the control, thousandths", xlabel="% of pre-training's GPU seconds", xscale="log")
     right.axhline(0, color="black", lw=0.5)
@@ -64,9 +65,20 @@ def _by_band(e: Evidence, rows: list[str], figure: Any) -> None:
     shown = [(row, curve) for row in rows if (curve := e.curve(row, fraction))]
     for i, band in enumerate(bands):
         found = [curve.closure(band) for _, curve in shown]
-        places = [number + 0.27 * (i - 1) for number in range(len(shown))]
-        spread = [[100 * (f.value - f.low) for f in found], [100 * (f.high - f.value) for f in found]]
-        axes.bar(places, [100 * f.value for f in found], 0.27, yerr=spread, label=f"{band} noise", error_kw={"lw": 0.8})
+        places = [number + 0.27 * (i - 1) for number, each in enumerate(found) if each is not None]
+        values, spread = _scaled(found, 100)
+        axes.bar(places, values, 0.27, yerr=spread, label=f"{band} noise", error_kw={"lw": 0.8})
     axes.set_xticks(range(len(shown)), [row for row, _ in shown], rotation=60, ha="right", fontsize=7)
     axes.set(title=f"closure by noise band at {100 * fraction:g} %, %")
     axes.legend(fontsize=7)
+
+
+def _scaled(found: Sequence[Estimate | None], scale: float) -> tuple[list[float], list[list[float]]]:
+    """Values times `scale`, and how far their intervals reach below and above; those that are none left out."""
+    there = [each for each in found if each is not None]
+    # Not less than 0: where nothing varies, rounding puts an end on the wrong side, which matplotlib refuses.
+    spread = [
+        [max(0.0, scale * (e.value - e.low)) for e in there],
+        [max(0.0, scale * (e.high - e.value)) for e in there],
+    ]
+    return [scale * each.value for each in there], spread

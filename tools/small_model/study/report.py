@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from t3.files import put_between
 
@@ -14,8 +15,8 @@ from .evidence import CONTROL, DENSE_ROW, FULL, PLAIN, UNTUNED, Evidence
 from .figures import draw
 from .results import Results
 from .settings import Study
-from .statistics import BANDS
-from .verdicts import NOT_RUN, Verdict, at, bars, claims, gates, mildest, percent, points
+from .statistics import BANDS, Curve
+from .verdicts import NOT_RUN, Verdict, at, bars, claims, closed, gates, mildest, percent, points
 
 BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
 NONE = "-"
@@ -31,18 +32,26 @@ def write(study: Study, results: Results, out: Path) -> str:
         "bars": [asdict(v) for v in bars(evidence)],
         "claims": [asdict(v) for v in claims(evidence)],
         "closure": {
-            f"{row}@{fraction:g}": {
-                band: asdict(found) for band in BANDS if (found := evidence.closure(row, fraction, band))
-            }
+            f"{row}@{fraction:g}": {band: _numbers(curve, band) for band in BANDS}
             for row in study.rows
             for fraction in study.fractions
-            if evidence.curve(row, fraction)
+            if (curve := evidence.curve(row, fraction))
         },
     }
     (out / "study.md").write_text(text, encoding="utf-8")
-    (out / "study.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    (out / "study.json").write_text(json.dumps(numbers, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     draw(evidence, out)
     return text
+
+
+def _numbers(curve: Curve, band: str) -> dict[str, Any]:
+    """Closure (null where there is no gap), the absolute excess, and the gap: the un-tuned excess."""
+    closure = curve.closure(band)
+    return {
+        "closure": None if closure is None else asdict(closure),
+        "excess": asdict(curve.excess(band)),
+        "gap": asdict(curve.gap(band)),
+    }
 
 
 def put(docs: Path, text: str) -> None:
@@ -108,7 +117,8 @@ def rows_table(e: Evidence) -> str:
     return (
         _table(("row", *map(at, e.study.fractions)), lines)
         + f"\nFirst line: closure in percent with its 95 % interval. Second line: excess over the control in "
-        "thousandths of the velocity error. One run for each budget. "
+        "thousandths of the velocity error. One run for each budget. Where un-tuned windows cost nothing that could be "
+        "told, there is no gap to close. "
         f"Errors: {means}; control: {controls or NOT_RUN}.\n"
     )
 
@@ -138,7 +148,7 @@ def sweep_table(e: Evidence) -> str:
         if all(rows):
             full, lora = (row.name for row in rows if row)
             loss = e.untuned_loss(e.study.row(full).reference)
-            both = [percent(e.closure(row, fraction)) for row in (full, lora)]
+            both = [closed(e.curve(row, fraction)) for row in (full, lora)]
             cost = NOT_RUN if loss is None else f"{loss:+.1f} %"
             lines.append((e.study.row(full).plan, cost, *both, points(e.ahead(full, lora, fraction), 100)))
     heads = ("plan", "un-tuned loss", f"full fine-tune at {at(fraction)}", "LoRA of rank 11", "full less LoRA, points")
