@@ -120,18 +120,27 @@ def atomic_folder(
 def put_between(file: Path, begin: str, end: str, text: str, what: str) -> None:
     """Replace what stands between two marks of a document, which keeps both, by a blank line and `text`.
 
+    Raises T3Error as `around_marks`; `what`: the name of the text in messages.
+    """
+    before, after = around_marks(file, begin, end, what)
+    with atomic_path(file, overwrite=True) as temp:
+        temp.write_text(f"{before}{begin}\n\n{text}{end}{after}", encoding="utf-8")
+
+
+def around_marks(file: Path, begin: str, end: str, what: str) -> tuple[str, str]:
+    """What stands before the first mark of a document and after the second; to be called before any work, too.
+
     Raises T3Error where the document cannot be read or has not both marks; `what`: the name of the text in messages.
     """
     try:
         content = file.read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise T3Error(f"{file} cannot be read: {_reason(error)}.") from None
     before, first, rest = content.partition(begin)
     _, last, after = rest.partition(end)
     if not first or not last:
         raise T3Error(f"{file} has no place for {what}: put the lines {begin} and {end} where they belong.")
-    with atomic_path(file, overwrite=True) as temp:
-        temp.write_text(f"{before}{begin}\n\n{text}{end}{after}", encoding="utf-8")
+    return before, after
 
 
 def remove_partial(path: str | os.PathLike[str], pid: int) -> None:

@@ -11,7 +11,7 @@ import pytest
 from t3 import scaling
 from t3.bench import __main__ as bench
 from t3.bench.scaling import Measured, decode_seconds, models
-from t3.bench.scaling_tables import BEGIN, END, clips, document
+from t3.bench.scaling_tables import BEGIN, END, _batch, clips, document
 from t3.scaling import Clip, Model, busy_share, forward, layer_bytes, mean_wait, servers_needed, tensor_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,7 +118,7 @@ def files(tmp_path):
 def test_what_was_measured_takes_the_place_of_the_model(files):
     measured = Measured.read(files)
     model = models(measured)[0]
-    assert model.forward == 6.0 and measured.bandwidth == 250e9 and measured.cards == ["a card"]
+    assert model.forward == 6.0 and measured.bandwidth == 250e9 and measured.card == "a card"
     text = document(measured)
     assert "3.40 s, 1.76 m" in text and "1.97 times one GPU on 2" in text
     assert decode_seconds("2.1", 2, measured) == (8.5, "m")
@@ -132,6 +132,88 @@ def test_what_was_measured_takes_the_place_of_the_model(files):
         model.beside / model.layers / layer_bytes(model, 2)
     )
     assert "4.5 s, 2.00 m" in text and "| 2 | 1700 m | 1.89 m |" in text and "16 clips of 5 frames, 2 steps" in text
+
+
+def written(path, rows, card="a card", **more):
+    path.write_text(json.dumps({"machine": {"machine": card}, "rows": rows, **more}))
+    return path
+
+
+def test_times_one_gpu_are_those_of_the_same_run(files, tmp_path):
+    """Another run's one GPU was slower or faster: no ratio is taken across runs, nor from a tile for many ranks."""
+    slower = [
+        {"model": "1.3b", "case": "alone", "ranks": 4, "seconds": 6.4},
+        {"model": "1.3b", "case": "sequence", "ranks": 4, "seconds": 1.6},
+        {"model": "1.3b", "case": "guidance", "ranks": 4, "seconds": 3.2},
+    ]
+    decode = [
+        {"case": "decode 2.1", "row": "one rank, its best tile", "ranks": 1, "seconds": 20.0},
+        {"case": "decode 2.1", "row": "all ranks", "ranks": 4, "seconds": 5.0},
+        {"case": "decode 2.1", "row": "one rank, the same tile", "ranks": 1, "seconds": 10.0},
+    ]
+    alone = [{"case": "decode 2.1", "row": "all ranks", "ranks": 8, "seconds": 2.5}]
+    more = [written(tmp_path / f"{i}.json", rows) for i, rows in enumerate((slower, decode, alone))]
+    for order in ([*files, *more], [*more, *files]):
+        measured = Measured.read(order)
+        assert measured.forward["1.3b"] == 6.0 and measured.decode["2.1", 1] == 16.0
+        assert measured.times_one["sequence", "1.3b", 4] == measured.times_one["guidance", "1.3b", 4] == 4.0
+        assert measured.times_one["sequence", "1.3b", 2] == pytest.approx(6.0 / 3.4)
+        assert measured.times_one["decode", "2.1", 4] == 4.0
+    text = document(measured)
+    assert "1.60 s, 4.00 m" in text and "5.0 s, 4.00 m" in text and "2.5 s m |" in text
+    assert "4.00 times one GPU on 4" in text
+
+
+def test_prompt_files_of_two_runs_keep_apart(files, tmp_path):
+    runs = [{"gpus": 1, "clips_an_hour": 450.0}, {"gpus": 4, "clips_an_hour": 1350.0}]
+    other = written(tmp_path / "other.json", [], runs=runs, options={"clips": 32, "frames": 5, "steps": 1})
+    first, second = (_batch(*one) for one in Measured.read([*files, other]).batch)
+    assert "16 clips of 5 frames, 2 steps" in first and "| 2 | 1700 m | 1.89 m |" in first and "1350" not in first
+    assert "32 clips of 5 frames, 1 steps" in second and "| 4 | 1350 m | 3.00 m |" in second
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([{"seconds": 1.0}], "no 'case' in it"),
+        ([{"seconds": 1.0, "case": "decode"}], "no result of"),
+        ([{"seconds": 1.0, "case": "decode 3.0", "ranks": 1}], "'3.0'"),
+        (["a row"], "no result of"),
+        ([{"model": "1.3b", "case": "alone", "ranks": 1, "seconds": 0.1, "tokens": 120}], "120 tokens"),
+        ([{"case": "decode 2.1", "ranks": 2, "seconds": 0.1, "pixels": [1, 5, 136, 240, 3]}], "136"),
+    ],
+)
+def test_damaged_files_and_those_of_small_sizes_are_refused(rows, words, tmp_path, capsys):
+    assert bench.main(["scaling", str(written(tmp_path / "rows.json", rows))]) == 2
+    printed = capsys.readouterr()
+    assert words in printed.err and not printed.out
+
+
+def test_two_kinds_of_cards_and_other_benchmarks_are_refused(files, tmp_path, capsys):
+    row = {"model": "5b", "case": "alone", "ranks": 1, "seconds": 3.0}
+    other = written(tmp_path / "other.json", [row], card="another card")
+    assert bench.main(["scaling", *map(str, files), str(other)]) == 2
+    assert "another card" in capsys.readouterr().err
+    # A file from which nothing is taken may be of any card.
+    Measured.read([*files, written(tmp_path / "profile.json", [{"way": "one rank"}], card="another card")])
+    ours = written(tmp_path / "ours.json", [{"table": "attention", "seconds": 1.0}], t3_bench=1)
+    assert bench.main(["scaling", str(ours)]) == 2
+    tiny = written(tmp_path / "tiny.json", [], runs=[{"gpus": 1, "clips_an_hour": 9.0}], options={"tiny": True})
+    assert bench.main(["scaling", str(tiny)]) == 2
+
+
+@pytest.mark.parametrize("where", ["--into", "--plot"])
+def test_a_place_that_cannot_be_written_is_refused_before_any_output(where, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "page.md").write_bytes(b"\xff\xfe no text")
+    (tmp_path / "marks.md").write_text("no marks")
+    (tmp_path / "file").touch()
+    places = {"--into": ("page.md", "marks.md", "none.md"), "--plot": (".", "file/plot.png")}[where]
+    for place in places:
+        assert bench.main(["scaling", where, str(tmp_path / place)]) == 2
+        printed = capsys.readouterr()
+        assert place.rstrip(".") in printed.err and not printed.out
+    assert bench.main(["scaling", "--price", "inf"]) == 2
 
 
 def test_every_figure_of_the_document_says_what_it_is():

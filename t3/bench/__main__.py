@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -234,16 +235,19 @@ def _plot(args: argparse.Namespace) -> int:
 
 def _scaling(args: argparse.Namespace) -> int:
     from .scaling import Measured
-    from .scaling_tables import document, put_into
+    from .scaling_plot import check_plot, draw_scaling
+    from .scaling_tables import check_into, document, put_into
 
-    if not args.price > 0:
+    if not 0 < args.price < math.inf:
         raise T3Error(f"--price is {args.price:g}; give what a GPU's hour costs, above 0.")
     measured = Measured.read(args.files)
+    if args.into:
+        check_into(args.into)
+    if args.plot:
+        check_plot(args.plot)
     text = document(measured, args.price)
     print(text, flush=True)
     if args.plot:
-        from .scaling_plot import draw_scaling
-
         draw_scaling(measured, args.plot)
         cli.say(f"wrote      {args.plot}")
     if args.into:

@@ -34,48 +34,83 @@ DECODE = {"2.1": (15.1, "decode_4k_h100.json"), "2.2": (19.7, "decode_4k_h100.js
 # Part of the decode on one GPU that is the middle stage: 21 frames of 75 ms of attention (1.3B), and convolutions.
 MIDDLE = {"2.1": 0.13, "2.2": 0.03}
 KEPT = 60 * GIB  # memory for a tile of the decode
+_PIXELS = [1, 81, 2176, 3840, 3]  # of the clip that parallel_decode.py decodes
 
 
 @dataclass
 class Measured:
-    """What the files that were given hold, by model or VAE and number of ranks: seconds; `batch`: clips an hour of a
-    prompt file, by GPUs, and `batch_how`: what its clips are."""
+    """What the files that were given hold, by model or VAE and number of ranks: seconds, the least of all files.
+
+    `times_one`: one GPU's seconds over theirs by kind of row, name and ranks, both of one file: other runs are of other
+    cards and hours. `batch`: of each prompt file what its clips are, and clips an hour by GPUs. `card`: the kind that
+    all was measured on.
+    """
 
     forward: dict[str, float] = field(default_factory=dict)
     sequence: dict[tuple[str, int], float] = field(default_factory=dict)
     guidance: dict[tuple[str, int], float] = field(default_factory=dict)
     decode: dict[tuple[str, int], float] = field(default_factory=dict)
     encode: dict[tuple[str, int], float] = field(default_factory=dict)
-    batch: dict[int, float] = field(default_factory=dict)
-    batch_how: str = ""
+    times_one: dict[tuple[str, str, int], float] = field(default_factory=dict)
+    batch: list[tuple[str, dict[int, float]]] = field(default_factory=list)
     bandwidth: float | None = None
-    cards: list[str] = field(default_factory=list)
+    card: str | None = None
 
     @classmethod
     def read(cls, files: list[Path]) -> Measured:
         """From results of benchmarks/parallel_4k.py, parallel_decode.py and parallel_batch.py, of the real sizes.
 
-        Raises T3Error for other files.
+        Raises T3Error for other files, and for those of two kinds of cards, whose times have no ratio.
         """
         found = cls()
         for file in files:
             try:
                 data = json.loads(file.read_text(encoding="utf-8"))
+                if not isinstance(data, dict) or "t3_bench" in data:
+                    raise ValueError("it is of something else")
                 rows, runs = data.get("rows", []), data.get("runs", [])
                 if not rows and not runs:
                     raise ValueError("nothing in it")
-            except (OSError, ValueError, AttributeError) as error:
+                here = cls()  # of this run alone
+                for row in rows:
+                    if not isinstance(row, dict):
+                        raise ValueError(f"{row!r} is no row")
+                    here._take(row)
+                if runs:
+                    here._take_batch(runs, data["options"])
+                machine = data.get("machine", {})
+                card = machine.get("machine") or machine.get("device")
+            except KeyError as error:
+                raise T3Error(f"{file} is no result of one of benchmarks/parallel_*.py: no {error} in it") from None
+            except (OSError, ValueError, AttributeError, TypeError) as error:
                 raise T3Error(f"{file} is no result of one of benchmarks/parallel_*.py: {error}") from None
-            machine = data.get("machine", {})
-            card = machine.get("machine") or machine.get("device")
-            taken = any("seconds" in row or "clips_an_hour" in row for row in [*rows, *runs])
-            if taken and card and card not in found.cards:
-                found.cards.append(card)
-            for row in rows:
-                found._take(row)
-            for run in runs:
-                found._take_batch(run, data.get("options", {}))
+            if here == cls():
+                continue
+            if card and found.card not in (None, card):
+                raise T3Error(f"{file} is of {card}, the files before it of {found.card}: give files of one kind.")
+            found.card = found.card or card
+            found._add(here)
         return found
+
+    def _add(self, run: Measured) -> None:
+        """What one run holds, with the ratios within it."""
+        for name, seconds in run.forward.items():
+            self.forward[name] = min(seconds, self.forward.get(name, seconds))
+        alone = {(name, 1): seconds for name, seconds in run.forward.items()}
+        pair = {key: 2 * seconds for key, seconds in alone.items()}
+        for kind, ones in (("sequence", alone), ("guidance", pair), ("decode", run.decode), ("encode", run.encode)):
+            kept = getattr(self, kind)
+            for (name, ranks), seconds in getattr(run, kind).items():
+                if seconds > kept.get((name, ranks), seconds):
+                    continue
+                kept[name, ranks] = seconds
+                if (name, 1) in ones:
+                    self.times_one[kind, name, ranks] = ones[name, 1] / seconds
+                else:
+                    self.times_one.pop((kind, name, ranks), None)
+        self.batch += run.batch
+        if run.bandwidth:
+            self.bandwidth = max(self.bandwidth or 0.0, run.bandwidth)
 
     def _take(self, row: dict[str, Any]) -> None:
         if "seconds" not in row:
@@ -84,24 +119,36 @@ class Measured:
             self._take_forward(row["model"], row)
             return
         work, vae = row["case"].split()
-        kept = self.decode if work == "decode" else self.encode
+        if vae not in DECODE:
+            raise ValueError(f"{vae!r} is no VAE of {', '.join(DECODE)}")
+        if row.get("pixels", _PIXELS) != _PIXELS:
+            raise ValueError(f"a clip of {row['pixels']}, not {_PIXELS}")
+        # One GPU's time is that of the tile which it takes by itself; the other is there to compare pixels with.
+        if row.get("row") == "one rank, the same tile":
+            return
+        kept = {"decode": self.decode, "encode": self.encode}[work]
         kept[vae, row["ranks"]] = min(row["seconds"], kept.get((vae, row["ranks"]), row["seconds"]))
 
-    def _take_batch(self, run: dict[str, Any], options: dict[str, Any]) -> None:
-        if "clips_an_hour" in run:
-            self.batch[run["gpus"]] = run["clips_an_hour"]
-            self.batch_how = (
-                f"{options.get('clips')} clips of {options.get('frames')} frames, {options.get('steps')} steps"
-            )
+    def _take_batch(self, runs: list[dict[str, Any]], options: dict[str, Any]) -> None:
+        if options.get("tiny"):
+            raise ValueError("a run of --tiny")
+        rates = {run["gpus"]: run["clips_an_hour"] for run in runs if "clips_an_hour" in run}
+        if rates:
+            how = f"{options['clips']} clips of {options['frames']} frames, {options['steps']} steps"
+            self.batch.append((how, rates))
 
     def _take_forward(self, model: str, row: dict[str, Any]) -> None:
+        if model not in SIZE:
+            return
         case, ranks, seconds = row["case"], row["ranks"], row["seconds"]
+        tokens = Grid.from_video(*SIZE[model]).tokens
+        if row.get("tokens", tokens) != tokens:
+            raise ValueError(f"{model} at {row['tokens']:,} tokens, not {tokens:,}")
         if case == "alone":
             self.forward[model] = min(seconds, self.forward.get(model, seconds))
-        elif case == "sequence":
-            self.sequence[model, ranks] = min(seconds, self.sequence.get((model, ranks), seconds))
-        elif case == "guidance":
-            self.guidance[model, ranks] = seconds
+        elif case in ("sequence", "guidance"):
+            kept = getattr(self, case)
+            kept[model, ranks] = min(seconds, kept.get((model, ranks), seconds))
         elif case in ("all-to-all", "exchange"):
             self.bandwidth = max(self.bandwidth or 0.0, row["gb_per_s"] * 1e9)
 

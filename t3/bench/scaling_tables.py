@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from ..files import put_between
+from ..files import around_marks, put_between
 from ..scaling import (
     EXCHANGES,
     Clip,
@@ -35,6 +35,7 @@ from .scaling import (
 )
 
 BEGIN, END = "<!-- figures: python -m t3.bench scaling -->", "<!-- end of figures -->"
+WHAT = "the figures"
 STEPS, PRICE, RACK = 50, 2.5, 72
 MOST_BUSY = 0.9  # assumed: room for peaks of the day, and for cards that are away
 # Of one H100, like `scaling.DECODE`: seconds to write 81 frames.
@@ -49,8 +50,7 @@ def document(measured: Measured, price: float = PRICE) -> str:
         parts += [_moved(model, measured), _forwards(model, measured)]
     parts.append(_vaes(measured))
     parts += [_clips(model, measured, price) for model in here]
-    if measured.batch:
-        parts.append(_batch(measured))
+    parts += [_batch(how, rates) for how, rates in measured.batch]
     parts.append(_serving(here, measured))
     return "\n\n".join(parts)
 
@@ -86,7 +86,8 @@ def _inputs(measured: Measured, here: list[Model], price: float) -> str:
         rows.append([f"{name}, each way, of a card", f"{speed / 1e9:.0f} GB/s a", "stated by its makers"])
     rows.append(["a GPU's hour", f"{price:.2f} $ a", "assumed: put your own by `--price`"])
     rows.append(["steps, with guidance", f"{STEPS}", "the released setting"])
-    cards = f" Cards of the files given: {', '.join(measured.cards)}." if measured.cards else ""
+    cards = f" Cards of the files given: {measured.card}." if measured.card else ""
+    cards += " Of what was measured, times one GPU: against one GPU in the same run." if measured.times_one else ""
     note = "m: measured. c: computed by the model of `t3/scaling.py` from what was measured. a: assumed." + cards
     return _table("What the figures rest on", ["", "value", "from"], rows, note)
 
@@ -126,12 +127,12 @@ def _forwards(model: Model, measured: Measured) -> str:
         times = [forward(model, ranks, speed) for speed in (fast, slow)]
         cells = [f"{seconds:.2f} s, {model.forward / seconds:.2f} c" for seconds in times]
         seen = measured.sequence.get((model.name, ranks))
-        rows.append([f"{ranks}", *cells, f"{seen:.2f} s, {model.forward / seen:.2f} m" if seen else ""])
+        rows.append([f"{ranks}", *cells, _seen(measured, "sequence", model.name, ranks, seen, 2)])
     link = "all-to-all as measured" if measured.bandwidth else "NVLink 4"
     pairs = [
-        f"{2 * model.forward / seconds:.2f} times one GPU on {ranks}"
-        for (name, ranks), seconds in measured.guidance.items()
-        if name == model.name
+        f"{times:.2f} times one GPU on {ranks}"
+        for (kind, name, ranks), times in measured.times_one.items()
+        if (kind, name) == ("guidance", model.name)
     ]
     return _table(
         f"{model.name}: a prediction, seconds and times one GPU, tokens over ranks",
@@ -150,7 +151,6 @@ def _vaes(measured: Measured) -> str:
             frames, all_frames = longest_frames(ranks)
             computed, _ = decode_seconds(vae, ranks, replace(measured, decode={(vae, 1): one}))
             seen, seen_encode = measured.decode.get((vae, ranks)), measured.encode.get((vae, ranks))
-            one_encode = measured.encode.get((vae, 1))
             rows.append(
                 [
                     vae,
@@ -158,9 +158,9 @@ def _vaes(measured: Measured) -> str:
                     f"{frames} of {all_frames} c",
                     f"{decode:.4f} c",
                     f"{computed:.1f} s, {one / computed:.2f} c",
-                    f"{seen:.1f} s, {one / seen:.2f} m" if seen else "",
+                    _seen(measured, "decode", vae, ranks, seen),
                     f"{encode:.4f} c",
-                    f"{seen_encode:.1f} s, {one_encode / seen_encode:.2f} m" if seen_encode and one_encode else "",
+                    _seen(measured, "encode", vae, ranks, seen_encode),
                 ]
             )
     heads = ["VAE", "ranks", "latent frames of the longest share", "of one rank's tiles, the busiest"]
@@ -171,6 +171,12 @@ def _vaes(measured: Measured) -> str:
         rows,
         f"Tiles are chosen within {KEPT // GIB} GiB (assumed).",
     )
+
+
+def _seen(measured: Measured, kind: str, name: str, ranks: int, seconds: float | None, digits: int = 1) -> str:
+    """A cell of what was measured: seconds, and times one GPU of the same run, where that was measured with it."""
+    times = measured.times_one.get((kind, name, ranks))
+    return "" if seconds is None else f"{seconds:.{digits}f} s{f', {times:.2f}' if times else ''} m"
 
 
 def clips(model: Model, measured: Measured) -> list[tuple[str, Clip, str]]:
@@ -217,13 +223,10 @@ def _clips(model: Model, measured: Measured, price: float) -> str:
     )
 
 
-def _batch(measured: Measured) -> str:
-    one = measured.batch.get(1)
-    rows = [
-        [f"{gpus}", f"{rate:.0f} m", f"{rate / one:.2f} m" if one else ""]
-        for gpus, rate in sorted(measured.batch.items())
-    ]
-    title = f"1.3b: a prompt file, a clip each (`--split data=N`): {measured.batch_how}, 4K"
+def _batch(how: str, rates: dict[int, float]) -> str:
+    one = rates.get(1)
+    rows = [[f"{gpus}", f"{rate:.0f} m", f"{rate / one:.2f} m" if one else ""] for gpus, rate in sorted(rates.items())]
+    title = f"1.3b: a prompt file, a clip each (`--split data=N`): {how}, 4K"
     return _table(title, ["GPUs", "clips an hour", "times one GPU"], rows)
 
 
@@ -258,6 +261,11 @@ def _serving(here: list[Model], measured: Measured) -> str:
     )
 
 
+def check_into(file: Path) -> None:
+    """Raise T3Error where a document cannot be read or has not both marks."""
+    around_marks(file, BEGIN, END, WHAT)
+
+
 def put_into(file: Path, text: str) -> None:
     """Replace what stands between the two marks of a document. Raises T3Error where they are not there."""
-    put_between(file, BEGIN, END, f"{text}\n\n", "the figures")
+    put_between(file, BEGIN, END, f"{text}\n\n", WHAT)
