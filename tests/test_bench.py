@@ -24,6 +24,7 @@ from t3.bench.__main__ import SUBCOMMANDS, main
 from t3.bench.cases import TINY
 from t3.bench.report import Report
 from t3.bench.results_csv import COLUMNS, figures
+from t3.errors import T3Error
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -140,6 +141,10 @@ def test_a_row_that_fails_says_why_and_stops_nothing(on_cpu, tmp_path, monkeypat
     [
         (["attention", "--cases", "8K"], "'1.3B 4K'"),
         (["attention", "--seconds", "0"], "above 0"),
+        (["attention", "--seconds", "nan"], "above 0"),
+        (["growth", "--dense-seconds", "-1"], "above 0"),
+        (["attention", "--cases", "1.3B 4K"], "add --tiny"),
+        (["decode"], "add --tiny"),
         (["model", "--sizes", "5k"], "480p"),
         (["growth", "--sizes", "5k"], "480p"),
         (["model", "--backends", "fast"], "sdpa-cudnn"),
@@ -148,10 +153,45 @@ def test_a_row_that_fails_says_why_and_stops_nothing(on_cpu, tmp_path, monkeypat
         (["plot", "missing.json"], "missing.json"),
     ],
 )
-def test_what_cannot_be_is_refused_before_any_work(arguments, words, monkeypatch, capsys):
+def test_what_cannot_be_is_refused_before_any_work(arguments, words, on_cpu, monkeypatch, capsys):
     monkeypatch.setattr(Report, "__init__", lambda *_, **__: pytest.fail("work was begun"))
     assert main(arguments) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_file_for_both_and_what_is_no_csv_are_refused(on_cpu, tmp_path, capsys):
+    path = tmp_path / "results"
+    assert main(["attention", "--tiny", "--out", str(path), "--csv", str(path)]) == 2
+    assert "name two files" in capsys.readouterr().err and not path.exists()
+    path.write_text("x" * 200_000)
+    assert main(["attention", "--tiny", "--csv", str(path)]) == 2
+    assert "cannot be written" in capsys.readouterr().err and path.read_text() == "x" * 200_000
+
+
+def test_a_csv_whose_last_line_has_no_end_gets_one(on_cpu, tmp_path):
+    lines = tmp_path / "all.csv"
+    lines.write_text(",".join(COLUMNS))
+    assert main(["attention", "--tiny", "--cases", "tiny", "--only", "T3, sdpa", "--csv", str(lines)]) == 0
+    with lines.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows and all(set(row) == set(COLUMNS) for row in rows)
+
+
+def test_a_run_that_began_meanwhile_is_not_written_over(on_cpu, tmp_path):
+    out = tmp_path / "results.json"
+    first, second = (Report([], out=out, tiny=True) for _ in range(2))
+    first.absent("t", "a", "first", "why")
+    with pytest.raises(T3Error, match="kept as"):
+        second.absent("t", "a", "second", "why")
+    first.absent("t", "a", "more", "why")
+    assert [row["variant"] for row in json.loads(out.read_text())["rows"]] == ["first", "more"]
+
+
+def test_kernels_of_every_case_that_was_named(on_cpu, tmp_path):
+    out = tmp_path / "results.json"
+    assert main(["kernels", "--tiny", "--cases", "tiny odd", "tiny", "--out", str(out)]) == 0
+    found = dict.fromkeys(row["case"] for row in json.loads(out.read_text())["rows"])
+    assert list(found) == [TINY[1].label, TINY[0].label]
 
 
 def test_files_in_the_way_are_refused_before_any_work(on_cpu, tmp_path, capsys):
@@ -203,6 +243,25 @@ def test_plots_from_a_file_on_another_machine(on_cpu, tmp_path, capsys):
     assert main(["plot", str(out)]) == 2
 
 
+@pytest.mark.parametrize(
+    "damage", [{"rows": None}, {"rows": [{}]}, {"rows": ["a row"]}, {"machine": {}}, {"left_out": [1]}]
+)
+def test_no_file_is_plotted_where_one_is_damaged(damage, tmp_path, capsys):
+    row = {"table": "t", "case": "a", "variant": "ours", "ms": 1.0}
+    machine = {"machine": "a card", "torch": "2", "date": "2026-01-01"}
+    sound = {"t3_bench": 1, "machine": machine, "ceilings": None, "command": "", "rows": [row], "left_out": []}
+    files = [tmp_path / "one" / "run.json", tmp_path / "two" / "run.json", tmp_path / "damaged.json"]
+    for file, data in zip(files, (sound, sound, sound | damage), strict=True):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(data))
+    assert main(["plot", str(files[0]), str(files[2])]) == 2
+    printed = capsys.readouterr()
+    assert "damaged.json is damaged" in printed.err and not printed.out
+    # Two of one name would draw over each other.
+    assert main(["plot", *map(str, files[:2]), "--plots", str(tmp_path / "plots"), "--overwrite"]) == 2
+    assert "same names" in capsys.readouterr().err and not (tmp_path / "plots").exists()
+
+
 def test_without_matplotlib_plots_are_refused_before_any_work(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(Report, "__init__", lambda *_, **__: pytest.fail("work was begun"))
@@ -248,6 +307,15 @@ def test_comfyui_s_rows_come_from_a_process_of_their_own(on_cpu, host, tmp_path)
     assert json.loads(out.read_text())["command"].endswith("--tiny --comfyui ... --models 1.3b --only guidance")
     assert found["guidance"]["step_s"] == 1.5 and found["guidance"]["batches"] == [2]
     assert not any(name.partition(".")[0] == "comfy" for name in set(sys.modules) - before)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"), [(["--sizes", "480p", "--compile"], "--sizes, --compile"), (["--models", "14b"], "not 14b")]
+)
+def test_what_comfyui_s_script_has_not_is_refused(host, options, words, monkeypatch, capsys):
+    monkeypatch.setattr(Report, "__init__", lambda *_, **__: pytest.fail("work was begun"))
+    assert main(["model", "--tiny", "--comfyui", str(host), *options]) == 2
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,8 @@ def test_dense_layers_that_take_too_long_are_computed(report, monkeypatch):
     monkeypatch.setattr(growth, "dense_layer", lambda *_, **__: next(times))
     monkeypatch.setattr(growth, "t3_layer", lambda case, _: (50.0, case.heads))
     growing = growth._Growth(report, None, dense_s=0.2)
+    forwards = {5: 2.0, 1: 6.0}  # of the cycle's layers, and of a dense one
+    monkeypatch.setattr(growing, "_forward", lambda grid, plan, layers, **_: {"forward_s": forwards[layers]})
     growing.rows("480p")
     growing.rows("720p")
     rows = {row["variant"]: row for row in report.data["rows"]}
@@ -175,6 +177,9 @@ def test_dense_layers_that_take_too_long_are_computed(report, monkeypatch):
     assert second["computed"] == "yes" and second["attention_ms"] == pytest.approx(
         100 * (75_600 / 32_760) ** 2, rel=5e-3
     )
+    assert first["over_t3_attention"] == 2.0 and first["over_t3_forward"] == 3.0
+    printed = table(report.data, growth.TABLE, growth._label(report))
+    assert "| attention over T3's |" in printed and "| forward over T3's |" in printed
     assert second["over_t3_attention"] == pytest.approx(second["attention_ms"] / 50, rel=5e-3)
 
 

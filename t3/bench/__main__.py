@@ -97,8 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _bench(args: argparse.Namespace, arguments: list[str]) -> int:
-    if args.seconds is not None and args.seconds <= 0:
-        raise T3Error(f"--seconds is {args.seconds:g}; give a number above 0.")
+    _check_above(args, "seconds")
+    _check_above(args, "dense_seconds")
     if args.plots:
         from .plots import check_plots
 
@@ -108,6 +108,11 @@ def _bench(args: argparse.Namespace, arguments: list[str]) -> int:
     from .report import Report
 
     check = _work(args)
+    if not args.tiny and not torch.cuda.is_available():
+        raise T3Error(
+            f"torch {torch.__version__} sees no CUDA card here, and on a CPU these sizes take hours. Try every row at "
+            "small ones: add --tiny."
+        )
     report = Report(
         _without_places(arguments),
         out=args.out,
@@ -123,6 +128,13 @@ def _bench(args: argparse.Namespace, arguments: list[str]) -> int:
     if args.plots:
         _draw(data, args.plots, _prefix(args))
     return 0
+
+
+def _check_above(args: argparse.Namespace, name: str) -> None:
+    """Raise T3Error for a number of seconds that is none, or not above 0."""
+    value = getattr(args, name, None)
+    if value is not None and not 0 < value < math.inf:
+        raise T3Error(f"--{name.replace('_', '-')} is {value:g}; give a number above 0.")
 
 
 def _without_places(arguments: list[str]) -> list[str]:
@@ -156,8 +168,9 @@ def _work(args: argparse.Namespace) -> Any:
             return lambda report: run_peers(report, cases)
         from .kernels import run_kernels
 
+        # Its rows are of one grid, unless others are named.
         cases = pick_cases(args.cases, args.tiny)
-        return lambda report: run_kernels(report, cases)
+        return lambda report: run_kernels(report, cases if args.cases else cases[:1])
     if args.command == "decode":
         from .decode import run_decode
 
@@ -174,7 +187,20 @@ def _work(args: argparse.Namespace) -> Any:
     if args.comfyui:
         from .comfyui import check_comfyui, run_comfyui
 
-        check_comfyui(args.comfyui)
+        unused = [
+            option
+            for option, value in (
+                ("--sizes", args.sizes != ["4k"]),
+                ("--backends", args.backends),
+                ("--memory", args.memory),
+                ("--compile", args.compile),
+                ("--no-dense", args.no_dense),
+            )
+            if value
+        ]
+        if unused:
+            raise T3Error(f"--comfyui has rows of its own, at 4K, which --only picks: leave out {', '.join(unused)}.")
+        check_comfyui(args.comfyui, args.models)
         return lambda report: run_comfyui(report, args.comfyui, args.models, args.only or [])
     from .model import run_model
 
@@ -222,14 +248,20 @@ def _prefix(args: argparse.Namespace) -> str:
 
 def _plot(args: argparse.Namespace) -> int:
     from .plots import check_plots
-    from .tables import all_tables
 
-    for file in args.files:
+    found = [_read(file) for file in args.files]
+    names = [file.stem for file in args.files]
+    if args.plots:
+        for name in names:
+            if names.count(name) > 1:
+                raise T3Error(
+                    f"two files are called {name}: their plots would have the same names. Draw one at a time."
+                )
+            check_plots(args.plots, name, args.overwrite)
+    for (data, text), name in zip(found, names, strict=True):
+        print(text, flush=True)
         if args.plots:
-            check_plots(args.plots, file.stem, args.overwrite)
-        print(all_tables(_read(file)), flush=True)
-        if args.plots:
-            _draw(_read(file), args.plots, file.stem)
+            _draw(data, args.plots, name)
     return 0
 
 
@@ -256,15 +288,20 @@ def _scaling(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read(file: Path) -> dict[str, Any]:
-    """Results of an earlier run."""
+def _read(file: Path) -> tuple[dict[str, Any], str]:
+    """Results of an earlier run, and their tables."""
+    from .tables import all_tables
+
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise T3Error(f"{file} cannot be read: {error}") from None
     if not isinstance(data, dict) or data.get("t3_bench") != 1:
         raise T3Error(f'{file} is not what --out writes (no "t3_bench": 1 in it).')
-    return data
+    try:
+        return data, all_tables(data)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise T3Error(f"{file} is damaged: {type(error).__name__}: {error}") from None
 
 
 def _draw(data: dict[str, Any], folder: Path, prefix: str) -> None:

@@ -16,8 +16,14 @@ TABLE = "ComfyUI"
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks/comfyui_4k.py"
 
 
-def check_comfyui(folder: Path) -> None:
-    """Raise `T3Error` unless there are a ComfyUI in `folder` and the script that measures it."""
+MODELS = ("1.3b", "5b")  # of the script's, those that this command knows too
+
+
+def check_comfyui(folder: Path, models: list[str]) -> None:
+    """Raise `T3Error` unless there are a ComfyUI in `folder`, the script that measures it, and its models."""
+    for model in models:
+        if model not in MODELS:
+            raise T3Error(f"--comfyui measures {' and '.join(MODELS)}, not {model}.")
     if not (folder / "main.py").is_file():
         raise T3Error(f"--comfyui {folder}: no ComfyUI there (no main.py). Name the folder that holds it.")
     if not SCRIPT.is_file():

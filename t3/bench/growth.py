@@ -122,9 +122,9 @@ class _Growth:
             self.last = (tokens, ms)
             found = {"mode": "dense", "attention_ms": ms}
             found |= self._forward(case.grid, Plan.preset("dense"), 1, warm=foretold < LONG_MS)
-        for key in ("attention_ms", "forward_s"):
+        for key, what in (("attention_ms", "attention"), ("forward_s", "forward")):
             if found.get(key) and t3.get(key):
-                found[f"over_t3_{key[:-3].rstrip('_')}"] = found[key] / t3[key]
+                found[f"over_t3_{what}"] = found[key] / t3[key]
         return found
 
     def _forward(self, grid: Grid, plan: Plan, layers: int, warm: bool = True) -> dict[str, Any]:

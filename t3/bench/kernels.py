@@ -20,8 +20,13 @@ CHOICES = ((2, 1), (4, 1), (1, 1), (8, 1), (1, 4), (4, 4))
 
 
 def run_kernels(report: Report, cases: list[Case]) -> None:
-    """Rows of the first case. Needs Triton and a card, or Triton's interpreter (`TRITON_INTERPRET=1`)."""
-    case = cases[0]
+    """Rows of each case. Needs Triton and a card, or Triton's interpreter (`TRITON_INTERPRET=1`)."""
+    for case in cases:
+        if not report.over(TABLE, case.label, "all rows"):
+            _case(report, case)
+
+
+def _case(report: Report, case: Case) -> None:
     try:
         from ..kernels.window_group import kernel as group
         from ..kernels.window_merge import kernel as merge

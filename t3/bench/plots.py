@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ def check_plots(folder: Path, prefix: str, overwrite: bool) -> None:
     except ImportError:
         raise T3Error(f"--plots needs matplotlib, which is not installed: {HOW}") from None
     check_output(folder / f"{prefix}-plots.png", overwrite)
-    there = sorted(folder.glob(f"{prefix}-*.png"))
+    there = sorted(folder.glob(f"{glob.escape(prefix)}-*.png"))
     if there and not overwrite:
         raise T3Error(f"{there[0]} exists already. Name another folder as --plots, or allow --overwrite.")
 

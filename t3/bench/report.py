@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .. import cli
+from ..errors import T3Error
 from ..files import atomic_path, check_output
 from .machine import Ceilings, machine, measure_ceilings, pick_device
 from .results_csv import append_row, check_csv
@@ -50,8 +51,13 @@ class Report:
         """
         self.began = time.perf_counter()
         self.out = check_output(out, overwrite) if out else None
-        self.csv = check_csv(csv) if csv else None
+        self.csv = csv.absolute() if csv else None
+        if self.out and self.out == self.csv:
+            raise T3Error(f"--out and --csv are both {self.out}: name two files.")
+        if self.csv:
+            check_csv(self.csv)
         self.seconds, self.only, self.tiny = seconds, only, tiny
+        self._ours = overwrite  # whether what is there under the name of `out` may be replaced
         self.device = pick_device()
         self.ceilings: Ceilings = measure_ceilings(self.device, tiny)
         self.data: dict[str, Any] = {
@@ -179,8 +185,10 @@ class Report:
     def _save(self) -> None:
         self.data["seconds"] = round(time.perf_counter() - self.began, 1)
         if self.out:
-            with atomic_path(self.out, overwrite=True) as path:
+            # Another run may have begun to write there since the check.
+            with atomic_path(self.out, overwrite=self._ours) as path:
                 path.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
+            self._ours = True
 
 
 def _rounded(value: Any) -> Any:

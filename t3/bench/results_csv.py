@@ -24,12 +24,16 @@ def check_csv(path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+", newline="", encoding="utf-8") as file:
             file.seek(0)
-            first = next(csv.reader(file), None)
-            if first is None:
+            text = file.read()
+            first = next(csv.reader([text.partition("\n")[0]]), []) if text else list(COLUMNS)
+            if not text:
                 csv.writer(file, lineterminator="\n").writerow(COLUMNS)
-    except (OSError, UnicodeDecodeError) as error:
+            elif tuple(first) == COLUMNS and not text.endswith("\n"):
+                # An editor's, or a full disk's: the next line would run into it.
+                file.write("\n")
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise T3Error(f"--csv {path} cannot be written ({error}). Choose another path.") from error
-    if first is not None and tuple(first) != COLUMNS:
+    if tuple(first) != COLUMNS:
         raise T3Error(f"--csv {path} has the columns {first}, not {list(COLUMNS)}. Choose another path.")
     return path
 
