@@ -9,10 +9,11 @@ import pytest
 import torch
 from bench_fixtures import UNCOMPILED
 from bench_fixtures import on_cpu as on_cpu
+from torch.utils.flop_counter import FlopCounterMode
 from vae_fixtures import one_thread as one_thread
 
 from t3.backends import BACKENDS, Backend
-from t3.bench import attention, growth, plots
+from t3.bench import attention, decode, growth, plots
 from t3.bench.cases import EPS, SMALL, TINY, WAN21, Case, LayerInputs
 from t3.bench.exact import exact_tokens, relative_error
 from t3.bench.flex import block_tables, flex_windows
@@ -27,6 +28,7 @@ from t3.kernels.attention import naive
 from t3.memory import shares
 from t3.plan import Grid
 from t3.weights import known_config
+from t3.windows import groupings, window_indices
 
 CPU = torch.device("cpu")
 
@@ -58,6 +60,61 @@ def test_the_floor_is_the_multiplications_at_the_ceiling():
     # Layer 0: two windows of 60 tokens, computed once; two products of 128 channels.
     assert case.layer_macs(0) == 2 * 2 * 60 * 60 * 128
     assert Ceilings(500.0, 2.0).floor_ms(case.layer_macs(0)) == pytest.approx(2 * 2 * 2 * 60 * 60 * 128 / 500e12 * 1e3)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_the_floor_of_windows_of_several_sizes_counts_every_pair(head_dim):
+    case = Case("odd", SMALL, Grid(3, 5, 7), 3, head_dim)
+    for layer, partition in enumerate(case.partitions):
+        pairs = sum(
+            windows * size**2
+            for kind in groupings(case.grid, partition)
+            for windows, size in (
+                index.shape for index in window_indices(tuple(case.grid), tuple(partition), kind, CPU)
+            )
+        )
+        # Of each head and pair: a product with a key, and one with a value.
+        assert case.layer_macs(layer) == 2 * pairs * 3 * head_dim
+
+
+@pytest.mark.parametrize("name", decode.VAES)
+def test_the_floor_of_a_decode_is_what_it_multiplies(name):
+    """Counted by torch on another program's decoder, without data; every latent frame after the first is alike."""
+    diffusers = pytest.importorskip("diffusers")
+    _, (channels, height, width) = decode.VAES[name]
+    with torch.device("meta"), torch.inference_mode():
+        model = diffusers.AutoencoderKLWan(**decode.vae_settings(name)).eval()
+        counts = []
+        for frames in (1, 2):
+            with FlopCounterMode(display=False) as counter:
+                model.decode(torch.empty(1, channels, frames, height, width))
+            counts.append(counter.get_total_flops())
+    flops = counts[0] + (decode.LATENT_FRAMES - 1) * (counts[1] - counts[0])
+    assert decode.WORK[name] == pytest.approx(flops, rel=1e-3)
+
+
+def test_diffusers_decode_is_timed_after_one_that_is_not(report, monkeypatch):
+    """Else its import, seconds, would be its own where no other row ran before."""
+    pytest.importorskip("diffusers")
+    report.tiny = True
+    calls = []
+
+    def by_diffusers(sd, latents, *_, tiled=False, **__):
+        calls.append(("run", latents.numel(), tiled))
+        return latents
+
+    def held_to(work, *_):
+        calls.append("timed")
+        work()
+        return {"seconds": 1.0}
+
+    monkeypatch.setattr(decode, "by_diffusers", by_diffusers)
+    monkeypatch.setattr(decode, "held_to", held_to)
+    report.only = ["diffusers"]
+    decode._speed(report, "2.1", decode.random_vae("2.1", True), "small")
+    whole = decode.random_latents("2.1", 2, 32).numel()
+    assert [call if call == "timed" else call[1:] for call in calls[:3]] == [(whole, True), "timed", (whole, True)]
+    assert len(calls) == 6 and calls[4] == "timed"
 
 
 # The truth, and the released semantics
