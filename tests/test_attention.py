@@ -1,6 +1,7 @@
 """The T3 operation against its float64 reference, and against constructions that share nothing with either."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from t3 import Grid, Partition, Plan, t3_attention
-from t3.backends import BACKENDS, Backend
+from t3.attention import _groups
+from t3.backends import BACKENDS, Backend, choose
 from t3.errors import T3Error
 from t3.kernels.attention.naive import dense_attention, local_groups, strided_groups, t3_attention_reference, windows
 from t3.windows import LOCAL, STRIDED, groupings, window_indices
@@ -111,6 +113,75 @@ def test_a_memory_bound_limits_what_a_call_takes():
         t3_attention(q, k, v, (4, 6, 10), (2, 3, 5), memory=100)
 
 
+# Of grid (4, 6, 10) in (2, 3, 5) windows of 8 tokens, samples of one head: rows of 16 numbers, scores of both kinds.
+LEAST = {
+    "alone": (0, False, 5 * 8 * 16),
+    "tokens beside": (4, False, max(3 * 8 + 2 * 12, 2 * 4) * 16),
+    "scores": (0, True, 5 * 8 * 16 + 2 * 8 * 8),
+    "scores of tokens beside": (4, True, max((3 * 8 + 2 * 12) * 16 + 2 * 8 * 12, 2 * 4 * 16 + 2 * 4 * 244)),
+}
+
+
+@pytest.mark.parametrize("case", LEAST)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_least_memory_is_that_of_one_window_and_head_of_all_samples(case, batch):
+    beside, scores, numbers = LEAST[case]
+    q, k, v = random_qkv(4 * 6 * 10 + beside, batch=batch, heads=3)
+    backend = dataclasses.replace(BACKENDS["sdpa"], scores=scores)
+    least = batch * 4 * numbers
+    whole = t3_attention(q, k, v, (4, 6, 10), (2, 3, 5), prefix=beside, backend=backend)
+    out = t3_attention(q, k, v, (4, 6, 10), (2, 3, 5), prefix=beside, backend=backend, memory=least)
+    assert torch.allclose(out, whole, atol=1e-6)
+    with pytest.raises(T3Error, match=f"memory is {least - 1:,} bytes.* need {least:,} for one head"):
+        t3_attention(q, k, v, (4, 6, 10), (2, 3, 5), prefix=beside, backend=backend, memory=least - 1)
+
+
+def test_one_window_keeps_to_its_memory_by_groups_of_heads():
+    taken = []
+
+    def attend(q, k, v, scale):
+        taken.append(q.shape[2])
+        return torch.zeros_like(q)
+
+    q, k, v = random_qkv(60, heads=4)
+    t3_attention(q, k, v, (3, 4, 5), (1, 1, 1), backend=Backend("counting", "", attend), memory=2 * 2 * 60 * 16 * 4)
+    assert taken == [2, 2]
+
+
+def test_launches_stay_legal_on_cards():
+    """Kernels put batch x windows x heads on a launch dimension that ends at 65,535."""
+    like = SimpleNamespace(shape=(2, 100_000, 12, 64), element_size=lambda: 2, device=torch.device("cuda"))
+    groups = list(_groups(like, 50_000, 10, 2, 2, BACKENDS["sdpa"], None))
+    assert max(2 * (w.stop - w.start) * (h.stop - h.start) for w, h in groups) <= 65_535
+    assert sum((min(w.stop, 50_000) - w.start) * (h.stop - h.start) for w, h in groups) == 50_000 * 12
+
+
+@pytest.mark.parametrize("which", [None, 0, 1, 2])
+def test_a_backend_is_chosen_for_the_keys_and_gradients_there_are(monkeypatch, which):
+    asked = []
+
+    def noting(name, situation):
+        asked.append(situation)
+        return choose(name, situation)
+
+    monkeypatch.setattr("t3.attention.choose", noting)
+    qkv = random_qkv(3 + 3 * 5 * 7 + 2)
+    if which is not None:
+        qkv[which].requires_grad_()
+    t3_attention(*qkv, (3, 5, 7), (1, 5, 2), prefix=3)
+    with torch.no_grad():
+        t3_attention(*qkv, (3, 5, 7), (1, 5, 2), prefix=3)
+    assert [s.needs_grad for s in asked] == [which is not None, False]
+    assert {s.windows for s in asked} == {(3 * 4 + 5, 3 * 3 + 5)}
+
+
+def test_a_backend_that_would_be_wrong_for_these_windows_is_refused():
+    picky = dataclasses.replace(BACKENDS["sdpa"], name="picky", keys_multiple=lambda: 64)
+    q, k, v = random_qkv(105)
+    with pytest.raises(T3Error, match="'picky', as installed, is wrong for 21 keys: it needs a multiple of 64"):
+        t3_attention(q, k, v, (3, 5, 7), (1, 5, 1), backend=picky)
+
+
 @pytest.mark.parametrize("dtype", list(ROUNDOFF))
 def test_windows_of_one_token_pass_their_value_on(device, dtype):
     q, k, v = random_qkv(2 * 3 * 5, batch=2, dtype=dtype, device=device)
@@ -205,6 +276,8 @@ def test_scale_is_used(device):
     out = t3_attention(q, k, v, (4, 4, 4), (2, 2, 2), scale=0.7)
     assert error(out, t3_attention_reference(q, k, v, (4, 4, 4), (2, 2, 2), scale=0.7)) < tolerance(q.dtype)
     assert error(out, t3_attention_reference(q, k, v, (4, 4, 4), (2, 2, 2))) > 1e-2
+    none = t3_attention(q, k, v, (4, 4, 4), (2, 2, 2), scale=0.0)
+    assert error(none, t3_attention_reference(q, k, v, (4, 4, 4), (2, 2, 2), scale=0.0)) < tolerance(q.dtype)
 
 
 @pytest.mark.parametrize("name", ["wan2.1-4k", "wan2.2-4k"])
@@ -309,6 +382,8 @@ def test_compiles_without_a_graph_break():
         ({"partition": (0, 1, 1)}, "0 windows along t.*Nearest: 1"),
         ({"backend": "fastest"}, "unknown attention backend 'fastest'.*sdpa-cudnn"),
         ({"k": torch.zeros(1, 104, 2, 16)}, "expected three equal"),
+        ({"v": torch.zeros(1, 105, 2, 8)}, "expected three equal"),
+        ({"k": torch.zeros(1, 105, 2, 16, dtype=torch.float64)}, "one float dtype"),
         ({"v": torch.zeros(1, 105, 2, 16, dtype=torch.float64)}, "one float dtype"),
     ],
 )

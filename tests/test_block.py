@@ -11,8 +11,8 @@ from test_fused import inputs as attention_inputs
 from test_fused import reference
 from test_processor import PLAN, SMALL, inputs, run, transformer
 
-from t3 import Grid, Partition, chunks, fused, memory
-from t3.backends import BACKENDS
+from t3 import Grid, Partition, chunks, fused, memory, processor
+from t3.backends import BACKENDS, choose
 from t3.block import Linear, Projections, Windows, attend
 from t3.chunks import of_tokens, token_chunks
 from t3.cost import ModelShape, activation_bytes
@@ -185,12 +185,16 @@ def test_inputs_of_blocks_are_not_written_to(small_chunks):
     assert vars(model.blocks[0])["forward"] is not None, "somebody's wrapper was taken off"
 
 
-def test_fused_projections_and_diffusers_backends(small_chunks):
-    model, arguments = transformer(num_layers=2), inputs()
+def test_fused_projections_and_diffusers_backends(small_chunks, monkeypatch):
+    model, arguments, asked = transformer(num_layers=2), inputs(), []
+    through = processor._through_diffusers
+    monkeypatch.setattr(processor, "_through_diffusers", lambda name: asked.append(name.value) or through(name))
     install_t3(model, PLAN, memory=1)
     plain = run(model, arguments)
+    assert not asked
     model.set_attention_backend("native")
     assert ((run(model, arguments) - plain).norm() / plain.norm()).item() < 1e-5
+    assert asked == ["native"] * 2
     model.fuse_qkv_projections()
     assert ((run(model, arguments) - plain).norm() / plain.norm()).item() < 1e-5
 
@@ -219,6 +223,13 @@ def test_weights_in_eight_bits(small_chunks):
     out = run(model, arguments)
     assert max(seen) == 32
     installed.remove()
+    dtypes = []
+    with pytest.MonkeyPatch.context() as noting:
+        noting.setattr(processor, "choose", lambda name, s: dtypes.append(s.dtype) or choose(name, s))
+        installed = install_t3(model, PLAN, memory="lean")
+        run(model, arguments)
+        installed.remove()
+    assert set(dtypes) == {torch.float32}, "a backend is chosen for what is computed, not for what is stored"
     plain = transformer(num_layers=2)
     plain.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     install_t3(plain, PLAN, backend="sdpa")

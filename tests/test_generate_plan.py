@@ -63,6 +63,14 @@ def test_two_plans_ask_for_a_choice(tmp_path, tiny_model):
     assert settle(tiny_model, "dense", **files)[0].name == "dense"
 
 
+def test_two_files_of_one_plan_agree(tmp_path, tiny_model):
+    files = {
+        "t3_weights": [weights(tmp_path, "a.safetensors", ONE)],
+        "loras": [weights(tmp_path, "b.safetensors", ONE)],
+    }
+    assert settle(tiny_model, **files)[:2] == (ONE, "carried by the weights")
+
+
 @pytest.mark.parametrize("option", ["t3_weights", "loras"])
 def test_a_broken_plan_stops_before_anything_is_loaded(tmp_path, tiny_model, option):
     path = save(tmp_path / "a.safetensors", {"blocks.0.norm3.diff": torch.zeros(WIDTH)}, {"t3.plan": "{}"})

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from t3 import Grid, Partition, Plan
 from t3.errors import T3Error
 from t3.plan import EACH, axis_classes
+from t3.plan_facts import layer_facts
 
 # The authors' released schedules (window counts, and tokens per window), for 81 frames of 2176 x 3840.
 RELEASED = {
@@ -35,6 +36,17 @@ SIZES = {
     "321 frames": (321, 2176, 3840),
 }
 PIXELS_PER_TOKEN = {"wan2.1-4k": 16, "wan2.2-4k": 32}
+# Layers 1 to 4 on grids that are not the plan's own. A change of these changes what tuned weights compute.
+FITTED = {
+    ("wan2.1-4k", (21, 30, 52)): [(1, 4, 7), (1, 2, 9), (3, 4, 2), (7, 2, 1)],
+    ("wan2.1-4k", (21, 68, 120)): [(1, 9, 15), (1, 4, 20), (3, 9, 4), (7, 4, 3)],
+    ("wan2.1-4k", (21, 240, 136)): [(1, 30, 17), (1, 15, 23), (3, 30, 4), (7, 15, 3)],
+    ("wan2.1-4k", (1, 136, 240)): [(1, 4, 12), (1, 2, 15), (1, 9, 4), (1, 6, 5)],
+    ("wan2.1-4k", (81, 136, 240)): [(1, 23, 48), (1, 11, 60), (12, 17, 8), (27, 8, 6)],
+    ("wan2.2-4k", (21, 22, 40)): [(1, 6, 7), (1, 6, 2), (3, 1, 5), (7, 1, 3)],
+    ("wan2.2-4k", (21, 45, 80)): [(1, 12, 14), (1, 12, 4), (3, 3, 10), (7, 3, 5)],
+    ("wan2.2-4k", (81, 68, 120)): [(1, 23, 30), (1, 23, 10), (12, 4, 15), (27, 4, 8)],
+}
 grids = st.builds(Grid, st.integers(1, 90), st.integers(1, 140), st.integers(1, 250))
 
 
@@ -68,6 +80,16 @@ def test_windows_keep_their_tokens_on_common_sizes(name, size):
         whole = grid.tokens * plan.partition(layer, plan.grid).windows / plan.grid.tokens
         assert largest <= 2
         assert smallest >= min(0.5, whole)
+
+
+@pytest.mark.parametrize(("name", "grid"), FITTED)
+def test_plans_are_fitted_to_other_sizes_as_ever(name, grid):
+    assert Plan.preset(name).partitions(grid, 5)[1:] == FITTED[name, grid]
+
+
+@pytest.mark.parametrize(("channels", "name"), [(16, "wan2.1-4k"), (48, "wan2.2-4k")])
+def test_the_released_plan_goes_by_the_latents(channels, name):
+    assert Plan.for_latent_channels(channels) is Plan.preset(name)
 
 
 @given(grids, st.sampled_from(list(RELEASED)), st.integers(0, 60))
@@ -125,6 +147,12 @@ def test_json_round_trip(plan):
     assert again.partitions((4, 5, 6), 7) == plan.partitions((4, 5, 6), 7)
 
 
+@given(plans)
+def test_on_its_own_grid_a_plan_has_the_counts_it_states(plan):
+    stated = [tuple(9 if count == EACH else count for count in layer) for layer in plan.layers]
+    assert plan.partitions(plan.grid, len(stated)) == stated
+
+
 GOOD = {"t3_plan": 1, "name": "mine", "grid": [2, 4, 6], "layers": [[1, 2, 3]]}
 
 
@@ -134,6 +162,7 @@ GOOD = {"t3_plan": 1, "name": "mine", "grid": [2, 4, 6], "layers": [[1, 2, 3]]}
         ({"t3_plan": 2}, "version 2"),
         ({"grid": [2, 4]}, "three numbers"),
         ({"grid": [2, 0, 6]}, "grid's h is 0"),
+        ({"grid": [True, 4, 6]}, "grid's t is True"),
         ({"grid": None}, "grid is None"),
         ({"layers": []}, "no layers"),
         ({"layers": "all"}, "list of"),
@@ -151,10 +180,30 @@ def test_a_broken_plan_is_named(change, words):
         Plan.from_json(json.dumps({**GOOD, **change}))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '{"grid": [1,1,1]}', '{"t3_plan": 1}'])
-def test_text_that_is_no_plan(text):
-    with pytest.raises(T3Error, match="plan"):
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "not JSON: Expecting value at line 1, column 1"),
+        ("{", "not JSON"),
+        ("[1]", 'no "t3_plan" field'),
+        ('{"grid": [1,1,1]}', 'no "t3_plan" field'),
+        ('{"t3_plan": 1}', "lacks the field 'grid'"),
+        ('{"t3_plan": 1, "grid": [1,1,1]}', "lacks the field 'layers'"),
+    ],
+)
+def test_text_that_is_no_plan(text, words):
+    with pytest.raises(T3Error, match=words):
         Plan.from_json(text)
+
+
+def test_facts_name_the_layers_of_the_model_that_share_a_partition():
+    plan, grid = Plan.preset("wan2.1-4k"), Grid(21, 136, 240)
+    facts = [layer_facts(i, partition, grid, 12, 5) for i, partition in enumerate(plan.partitions(grid, 5))]
+    assert [fact["layers"] for fact in facts] == [[0, 5, 10], [1, 6, 11], [2, 7], [3, 8], [4, 9]]
+    assert [(fact["windows"], fact["tokens_per_window"], fact["branches"]) for fact in facts[:2]] == [
+        (21, [32_640], 1),
+        (510, [1_344], 2),
+    ]
 
 
 def test_unknown_preset_lists_the_known():

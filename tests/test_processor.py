@@ -3,9 +3,12 @@
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-from t3 import Plan, fused
+from t3 import Plan, fused, processor
+from t3.cost import ModelShape, activation_bytes
 from t3.kernels.attention.naive import t3_attention_reference
+from t3.memory import Share, block_bytes, shares
 from t3.plan import Grid
 from t3.processor import compile_blocks, install_t3
 
@@ -96,6 +99,7 @@ def test_differs_from_dense_and_is_dense_where_the_plan_says_so():
     with_t3 = run(model, arguments)
     assert ((with_t3 - dense).norm() / dense.norm()).item() > 1e-3
     installed.remove()
+    assert not model._forward_pre_hooks and not any("forward" in vars(block) for block in model.blocks)
     assert torch.equal(run(model, arguments), dense)
     install_t3(model, Plan.preset("dense"), backend="sdpa")
     assert torch.equal(run(model, arguments), dense)
@@ -129,6 +133,48 @@ def test_any_size_without_installing_again():
         installed.remove()
 
 
+@torch.no_grad()
+def test_latents_may_come_by_place():
+    model, arguments = transformer(num_layers=2), inputs()
+    install_t3(model, PLAN)
+    named = run(model, arguments)
+    latents = arguments.pop("hidden_states")
+    assert torch.equal(model(latents, **arguments)[0], named)
+
+
+def test_the_way_within_the_memory_is_taken_and_said_once():
+    model, arguments, said = transformer(num_layers=2, num_attention_heads=4), inputs(), []
+    shape = ModelShape.from_config(model.config).block(2 * 8 * 12, element=4)
+    ways = shares(4)
+    needed = [block_bytes(shape, way) - 2 * shape.tensor for way in ways]
+    for least in dict.fromkeys(needed):
+        said.clear()
+        installed = install_t3(model, PLAN, memory=least, say=said.append)
+        run(model, arguments)
+        run(model, arguments)
+        way = ways[needed.index(least)]
+        assert model.blocks[1].attn1.processor.share == way
+        assert said == [f"memory     {way}, for {least / 2**30:.3g} GiB of attention."]
+        installed.remove()
+    for word, way in (("fast", ways[0]), ("lean", ways[-1]), ("auto", ways[0]), (None, ways[0])):
+        installed = install_t3(model, PLAN, memory=word)
+        run(model, arguments)
+        assert model.blocks[1].attn1.processor.share == way
+        installed.remove()
+
+
+def test_weights_that_are_still_to_come_need_room_too(monkeypatch):
+    """As with offload: they lie elsewhere than the latents."""
+    model, tokens = transformer(num_layers=2), 2 * 8 * 12
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    fast = activation_bytes(ModelShape.from_config(model.config), tokens, element=4)
+    for device, room in (("meta", fast + weights), ("cpu", fast)):
+        latents = torch.empty(1, 16, 2, 16, 24, device=device)
+        for free, enough in ((room, True), (room - 1, False)):
+            monkeypatch.setattr(processor, "free_bytes", lambda device, free=free: free)
+            assert (processor._share(model, latents, tokens, "auto", None)[0] == Share()) == enough
+
+
 def test_memory_bound_and_backend_change_nothing_that_matters():
     model, arguments = transformer(), inputs((3, 5, 7), 2)
     installed = install_t3(model, PLAN)
@@ -151,12 +197,20 @@ def test_batch_of_two_equals_two_alone():
         assert ((run(model, alone)[0] - both[i]).norm() / both[i].norm()).item() < 1e-5
 
 
-def test_fused_projections_and_diffusers_backends():
-    model, arguments = transformer(), inputs()
+def test_fused_projections_and_diffusers_backends(monkeypatch):
+    model, arguments, asked = transformer(), inputs(), []
+
+    def noting(*qkv, backend, **more):
+        asked.append(backend)
+        return dispatch_attention_fn(*qkv, backend=backend, **more)
+
+    monkeypatch.setattr(processor, "dispatch_attention_fn", noting)
     install_t3(model, PLAN)
     plain = run(model, arguments)
+    assert not asked
     model.set_attention_backend("native")
     assert ((run(model, arguments) - plain).norm() / plain.norm()).item() < 1e-5
+    assert {name.value for name in asked} == {"native"}
     model.fuse_qkv_projections()
     assert ((run(model, arguments) - plain).norm() / plain.norm()).item() < 1e-5
 
@@ -191,3 +245,17 @@ def test_blocks_compile_without_a_graph_break():
     plain = run(model, arguments)
     compile_blocks(model, PLAN, backend="aot_eager")
     assert ((run(model, arguments) - plain).norm() / plain.norm()).item() < 1e-5
+
+
+def test_as_many_kinds_of_layers_compile_as_a_plan_has(monkeypatch):
+    """torch gives up after a few; with `fullgraph` that is an error in the middle of sampling."""
+    model, grid = transformer(num_layers=12), Grid(2, 8, 12)
+    plan = Plan("many", grid, tuple((1, h, w) for h in (1, 2, 4) for w in (1, 2, 3, 4)))
+    asked = []
+    monkeypatch.setattr(WanTransformer3DModel, "compile_repeated_blocks", lambda self, **options: asked.append(options))
+    install_t3(model, plan)
+    with torch._dynamo.config.patch(recompile_limit=8):
+        compile_blocks(model, plan, backend="aot_eager")
+        assert torch._dynamo.config.recompile_limit >= 12
+    assert asked == [{"fullgraph": True, "dynamic": False, "backend": "aot_eager"}]
+    assert not any("forward" in vars(block) for block in model.blocks)
