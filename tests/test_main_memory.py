@@ -50,3 +50,9 @@ def test_a_container_without_a_limit(machine):
     (machine / "memory.max").write_text("max\n")
     (machine / "memory.current").write_text("1\n")
     assert memory.free_bytes(CPU) == 30 * GIB
+
+
+def test_processes_share_the_main_memory_and_have_a_card_each(monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 12 * GIB)
+    assert memory.free_for_each(CPU, 4) == 3 * GIB
+    assert memory.free_for_each(torch.device("cuda", 1), 4) == 12 * GIB

@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 
 from t3.vae.balance import assign, frame_shares, loads, longest, warm_up
-from t3.vae.choice import best, choices, shared_choices, tile_costs
+from t3.vae.choice import Choice, best, choices, shared_choices, tile_costs
 from t3.vae.down_plan import down_choices, down_tile_costs, shared_down_choices
 from t3.vae.down_structure import read_down_structure
 from t3.vae.structure import read_structure
@@ -61,6 +61,30 @@ def test_no_choice_beats_the_one_taken():
         for tile in product(range(5, height + 1), range(5, width + 1))
     }
     assert found.work <= 1.01 * min(every.values())
+
+
+def test_of_tiles_as_good_as_the_cheapest_that_fits_the_smallest_is_taken():
+    sizes = {(8, 8): (1.0, 900), (4, 8): (1.005, 500), (4, 4): (1.008, 300), (2, 2): (1.3, 100)}
+    found = [Choice(tile, work, lambda taken=taken: taken) for tile, (work, taken) in sizes.items()]
+    assert [(best(found, memory) or found[0]).tile for memory in (1000, 499, 299)] == [(4, 4), (4, 4), (2, 2)]
+    assert best(found, 99) is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_comes_after_a_doubling_of_time_is_twice_the_work(name):
+    """And in an encode what comes before it."""
+    costs = {}
+    for temporal in (0, 1):
+        times = [bool(temporal), False, False]
+        plain = {key: value for key, value in known_config(name).items() if not key.startswith("_")}
+        layout = vae_layout({**plain, "temperal_downsample": times})
+        found = {key: tuple(param.shape) for key, param in layout.items()}
+        costs[temporal] = (
+            tile_costs(read_structure(found), 4, 4, (4, 4))[0],
+            down_tile_costs(read_down_structure(found), 4, 4, (4, 4))[0],
+        )
+    # The last level of a decode, the first of an encode: its share of all work is doubled.
+    assert all(1.1 < once / never < 2 for never, once in zip(costs[0], costs[1], strict=True))
 
 
 def test_assignment_is_complete_and_within_grahams_bound():

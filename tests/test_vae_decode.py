@@ -12,7 +12,8 @@ from t3.errors import T3Error
 from t3.kernels.conv_sum.naive import STRIP
 from t3.vae import decode_frames
 from t3.vae.decoder import WanDecoder
-from t3.vae.memory import is_out_of_memory, kept_bytes, middle_bytes, tile_bytes
+from t3.vae.memory import is_out_of_memory, kept_bytes, middle_bytes, tile_bytes, with_room
+from t3.vae.output import Outlet
 from t3.vae.plan import make_plan
 from t3.vae.tiles import Window, cores
 
@@ -174,6 +175,24 @@ def test_finished_tiles_are_kept(monkeypatch, decoder, name):
     assert begun == [0, 0, 2, 2, 4, 4, 4, 4, 4, 6, 6, 6, 6]
 
 
+def test_out_of_memory_in_the_middle_stage(monkeypatch, decoder, name):
+    latents = random_latents(name, 3, 2, 3)
+    wanted = decode_frames(decoder, latents)
+    plain, scores, told, calls = WanDecoder.middle, [], [], []
+
+    def middle(self, latent, past, memory):
+        scores.append(memory)
+        if len(scores) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return plain(self, latent, past, memory)
+
+    monkeypatch.setattr(WanDecoder, "middle", middle)
+    found = decode_frames(decoder, latents, say=told.append, progress=lambda *call: calls.append(call))
+    assert off(found, wanted) < 1e-13
+    assert len(told) == 1 and "in the middle stage" in told[0]
+    assert scores == [scores[0]] * 2 + [scores[0] // 4] * 3 and calls[-1][0] == calls[-1][1]
+
+
 def test_not_even_one_latent_fits(monkeypatch, decoder, name):
     fail(monkeypatch, 0)
     with pytest.raises(T3Error, match="not even memory to decode tiles of one latent"):
@@ -191,11 +210,14 @@ def test_other_errors_come_through(monkeypatch, decoder, name):
     with pytest.raises(RuntimeError, match="illegal memory access"):
         decode_frames(decoder, random_latents(name, 2, 2, 3))
     assert not is_out_of_memory(ValueError("out of memory"))
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tile", [(2, 3), (2, 24)])
-def test_the_memory_stated_is_the_memory_taken(name, dtype, tile):
+def test_the_memory_stated_is_the_memory_taken(monkeypatch, name, dtype, tile):
+    # Three strips in float32 is what plain torch holds beside: short ones, so that it is little.
+    monkeypatch.setitem(STRIP, "cpu", 2**12)
     decoder = small_decoder(name, dtype)
     latents = random_latents(name, 2, 2, 50, dtype=dtype)
     structure, size = decoder.structure, dtype.itemsize
@@ -208,8 +230,12 @@ def test_the_memory_stated_is_the_memory_taken(name, dtype, tile):
         decode_frames(decoder, latents, tile=(tile[0] * SCALE[name], tile[1] * SCALE[name]), out=out)
     # On the CPU torch unfolds the input of a convolution in float32 if that is 20,480 numbers at most.
     unfolded = 9 * 20480 * size if dtype == torch.float32 else 0
-    # Three strips in float32 is what plain torch holds beside.
-    assert 0.9 * stated < peak.most < 1.02 * stated + unfolded + 3 * 4 * STRIP["cpu"]
+    assert 0.88 * stated < peak.most < 1.02 * stated + unfolded + 3 * 4 * STRIP["cpu"]
+
+
+def stated_least(refused) -> int:
+    """The bytes that a refusal says would do."""
+    return int(str(refused.value).split("takes ")[1].split(" or more")[0].replace(",", ""))
 
 
 def test_the_tile_follows_from_the_memory(name, decoder):
@@ -237,10 +263,12 @@ def test_room_is_left_for_libraries_on_a_device(decoder):
     structure, gpu = decoder.structure, torch.device("cuda")
     with pytest.raises(T3Error, match="or decode a smaller picture") as refused:
         make_plan(structure, (2, 5, 5), gpu, 4, 1000, None)
-    least = int(str(refused.value).split("takes ")[1].split(" or more")[0].replace(",", ""))
-    plan = make_plan(structure, (2, 5, 5), gpu, 4, least + 100, None)
+    least = stated_least(refused)
+    with pytest.raises(T3Error, match=f"memory is {least - 1:,} bytes"):
+        make_plan(structure, (2, 5, 5), gpu, 4, least - 1, None)
+    plan = make_plan(structure, (2, 5, 5), gpu, 4, least, None)
     core = max(cores(5, 5, plan.tile), key=lambda core: decoder.windows(core)[0][0].area)
-    assert tile_bytes(structure, decoder.windows(core), core, 4) * 1.14 < least
+    assert tile_bytes(structure, decoder.windows(core), core, 4) * 1.15 <= least
 
 
 def test_a_picture_that_is_no_picture_is_not_written(name):
@@ -282,10 +310,34 @@ def test_memory_that_is_stated_as_the_least_is_enough():
     latents = random_latents("wan2.1-vae", 2, 6, 7)
     with pytest.raises(T3Error) as refused:
         decode_frames(decoder, latents, memory=1000)
-    least = int(str(refused.value).split("takes ")[1].split(" or more")[0].replace(",", ""))
+    least = stated_least(refused)
     assert off(decode_frames(decoder, latents, memory=least), as_frames(decoder.untiled(latents))) < 1e-5
     with pytest.raises(T3Error):
         decode_frames(decoder, latents, memory=least - 1)
+
+
+@pytest.mark.parametrize("place", [CPU, torch.device("cuda")], ids=str)
+def test_the_middle_stage_has_to_fit_beside_its_results(decoder, place):
+    """Of a large picture it takes more than the least tile."""
+    structure, size, tile = decoder.structure, (1, 300, 300), 2 * decoder.structure.scale
+    with pytest.raises(T3Error) as refused:
+        make_plan(structure, size, place, 4, 1000, tile)
+    least = stated_least(refused)
+    middle, kept = middle_bytes(structure, 300, 300, 4), kept_bytes(structure, *size, 4)
+    assert least == with_room(middle + 1 + (kept if place == CPU else 0), place)
+    assert make_plan(structure, size, place, 4, least, tile).scores == 1
+    with pytest.raises(T3Error):
+        make_plan(structure, size, place, 4, least - 1, tile)
+
+
+def test_not_a_number_in_any_frame_is_found():
+    out = torch.zeros(3, 2, 2, 3)
+    for bad in range(3):
+        outlet = Outlet(out, CPU)
+        for number in range(3):
+            outlet.put(torch.full((3, 2, 2), torch.nan if number == bad else 0.5))
+        with pytest.raises(T3Error, match="gave NaN"):
+            outlet.finish()
 
 
 def test_windows_of_a_whole_picture_are_the_picture(decoder):

@@ -9,7 +9,8 @@ from vae_fixtures import one_thread as one_thread
 
 from t3.errors import T3Error
 from t3.vae import WanDecoder
-from t3.vae.layers import Attention
+from t3.vae.attend import attend
+from t3.vae.layers import Attention, run_blocks
 from t3.vae.past import Past
 from t3.vae.sums import Sum
 from t3.vae.tiles import Span, Window
@@ -22,10 +23,10 @@ def all_float64(monkeypatch):
     monkeypatch.setattr(autoencoder_kl_wan.WanUpsample, "forward", torch.nn.Upsample.forward)
 
 
-def library(name, state):
+def library(name, state, **changes):
     """diffusers' VAE with these weights, under its names, in their dtype."""
-    layout = vae_layout(config(name))
-    model = AutoencoderKLWan(**config(name)).to(next(iter(state.values())).dtype)
+    layout = vae_layout(config(name, **changes))
+    model = AutoencoderKLWan(**config(name, **changes)).to(next(iter(state.values())).dtype)
     model.load_state_dict({param.name: state[key] for key, param in layout.items()}, strict=True)
     return model.eval()
 
@@ -41,6 +42,15 @@ def test_float64_is_diffusers_float64(all_float64, name, shape):
     assert found.shape == (2, 3, 4 * shape[0] - 3, SCALE[name] * shape[1], SCALE[name] * shape[2])
     assert off(found.clamp(-1, 1), wanted) < 1e-12
     assert wanted.std() > 0.1
+
+
+def test_a_shortcut_deals_out_channels_to_frames(all_float64):
+    """Where time is upsampled and channels are halved at once, the two frames get different ones of them."""
+    changes = {"temperal_downsample": [True, True, False]}
+    latents, state = random_latents("wan2.2-vae", 2, 2, 3), random_state("wan2.2-vae", **changes)
+    with torch.no_grad():
+        wanted = library("wan2.2-vae", state, **changes).decode(latents).sample
+    assert off(WanDecoder.from_state_dict(state).untiled(latents).clamp(-1, 1), wanted) < 1e-12
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -116,6 +126,35 @@ def test_attention_is_the_same_in_pieces(memory):
     attended = torch.einsum("bqk,bck->bcq", weights, v).view_as(x)
     wanted = x + torch.nn.functional.conv2d(attended, attention.proj.weight, attention.proj.bias)
     assert off(attention(Sum(x, Window.whole(5, 7)), memory).value(), wanted) < 1e-13
+
+
+@pytest.mark.parametrize(("memory", "rows"), [(None, [35]), (1, [1] * 35), (13 * 1680 + 1, [13, 13, 9]), (10**9, [35])])
+def test_attention_holds_no_more_scores_than_it_may(monkeypatch, memory, rows):
+    """Of a query: scores, their softmax and a copy, of two samples' 35 keys in float64."""
+    seen, plain = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda q, k, v: seen.append(q.shape[2]) or plain(q, k, v),
+    )
+    qkv = torch.randn(3, 2, 35, 16, dtype=torch.float64).unbind(0)
+    attend(*qkv, memory)
+    assert seen == rows
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_level_holds_on_to_its_input_only_where_it_is_wanted_after(keep):
+    """Whoever calls still has the sum in hand; its tensors are gone, or a shortcut needs them."""
+    blocks, whole = small_decoder("wan2.1-vae").levels[-1].blocks, Window.whole(4, 5)
+    x = Sum(torch.randn(1, 4, 4, 5, dtype=torch.float64).contiguous(memory_format=torch.channels_last), whole)
+    run_blocks(blocks, x, Past(), (whole,) * 4, keep)
+    assert (x._value is not None) == keep and x._terms is None
+
+
+@pytest.mark.parametrize(("frames", "places"), [(None, 3), (5, 3), (2, 2), (1, 1)])
+def test_the_past_has_room_for_the_frames_that_come_and_no_more(frames, places):
+    layer, past, frame = torch.nn.Identity(), Past(frames), torch.zeros(1, 4, 5, 6)
+    assert past.place(layer, 3, frame).untyped_storage().nbytes() == places * frame.nbytes
 
 
 @pytest.mark.parametrize("name", NAMES)

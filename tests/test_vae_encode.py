@@ -15,6 +15,7 @@ from t3.vae.down_layers import DownPast
 from t3.vae.down_memory import down_middle_bytes, down_tile_bytes, features_bytes
 from t3.vae.down_plan import make_down_plan
 from t3.vae.down_tiles import down_halo
+from t3.vae.memory import with_room
 from t3.vae.tiles import Span, Window, cores
 from t3.weights.layout_vae import vae_layout
 
@@ -288,9 +289,10 @@ def test_other_errors_come_through(monkeypatch, name, encoder):
         encode_frames(encoder, random_frames(name, 5, 1, 2))
 
 
-def test_latents_that_are_no_numbers_are_refused(name):
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_latents_that_are_no_numbers_are_refused(name, bad):
     encoder = small_encoder(name, torch.float16)
-    encoder.head.weight[0] = torch.nan
+    encoder.quant.bias[0] = bad
     with pytest.raises(T3Error, match="encoding in torch.float16 gave NaN"):
         encode_frames(encoder, random_frames(name, 1, 1, 2))
 
@@ -300,7 +302,9 @@ def test_latents_that_are_no_numbers_are_refused(name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tile", [(2, 3), (2, 24)])
-def test_the_memory_stated_is_the_memory_taken(name, dtype, tile):
+def test_the_memory_stated_is_the_memory_taken(monkeypatch, name, dtype, tile):
+    # Three strips in float32 is what plain torch holds beside: short ones, so that it is little.
+    monkeypatch.setitem(STRIP, "cpu", 2**12)
     # Wide enough that what torch's convolutions take for themselves on a CPU is little.
     encoder = WanEncoder.from_state_dict(random_state(name, base_dim=16), dtype=dtype)
     frames = random_frames(name, 5, 2, 50, dtype=torch.float32)
@@ -310,8 +314,7 @@ def test_the_memory_stated_is_the_memory_taken(name, dtype, tile):
     stated = max(down_middle_bytes(structure, 2, 50, size), tile_most) + features_bytes(structure, 2, 2, 50, size)
     with Peak() as peak:
         latents = encode_frames(encoder, frames, tile=in_pixels(name, tile))
-    # Three strips in float32 is what plain torch holds beside.
-    assert 0.95 * stated < peak.most - latents.nbytes < 1.05 * stated + 3 * 4 * STRIP["cpu"]
+    assert 0.95 * stated < peak.most - latents.nbytes < 1.08 * stated + 3 * 4 * STRIP["cpu"]
 
 
 def test_the_tile_follows_from_the_memory(name, encoder):
@@ -330,6 +333,14 @@ def test_the_middle_stages_input_waits_in_main_memory_when_the_device_is_small(e
     kept = features_bytes(structure, 400, 30, 30, 4)
     assert make_down_plan(structure, (400, 30, 30), gpu, 4, 10**9, None).keep_on == gpu
     assert make_down_plan(structure, (400, 30, 30), gpu, 4, kept + 10**6 // 2, None).keep_on == CPU
+
+
+def test_of_an_input_in_main_memory_one_frame_is_on_the_device(encoder):
+    structure, gpu, size = encoder.structure, torch.device("cuda"), (7, 300, 300)
+    with pytest.raises(T3Error) as refused:
+        make_down_plan(structure, size, gpu, 4, 1000, 2 * structure.scale)
+    middle, frame = down_middle_bytes(structure, 300, 300, 4), features_bytes(structure, 1, 300, 300, 4)
+    assert f"takes {with_room(middle + 1 + frame, gpu):,} or more" in str(refused.value)
 
 
 def test_memory_that_is_stated_as_the_least_is_enough(name):
@@ -360,6 +371,7 @@ GOOD = (1, 5, 16, 24, 3)
         (torch.zeros(1, 5, 3, 24, 3), {}, "crop to 24 x 8"),
         (torch.zeros(1, 4, 16, 24, 3), {}, "there are 4 frames; this VAE encodes 4 n \\+ 1. Give 5 or 1 frames"),
         (torch.zeros(1, 6, 16, 24, 3), {}, "Give 5 or 9 frames"),
+        (torch.zeros(1, 7, 16, 24, 3), {}, "Give 5 or 9 frames"),
         (torch.zeros(GOOD, dtype=torch.int32), {}, "dtype torch.int32; frames are read as uint8, uint16, float16"),
         (torch.full(GOOD, torch.nan), {}, "NaN or infinity in frame 0"),
         (torch.zeros(2, 5, 16, 24, 3).index_fill(1, torch.tensor([3]), torch.inf), {}, "infinity in frame 3 of clip 0"),

@@ -114,7 +114,6 @@ class ClipDecode:
                 self.meter.add(whole.area)
 
         if not self._attempt(work):
-            hidden.clear()
             self.plan.keep_on, self.plan.scores = torch.device("cpu"), self.plan.scores // 4
             self.say("decode: memory ran out in the middle stage; going on with its results in main memory.")
             if not self._attempt(work):

@@ -117,7 +117,6 @@ class ClipEncode:
                 features.append(torch.empty(shape, dtype=dtype, device=self.plan.keep_on, memory_format=order))
 
         if not self._attempt(work):
-            features.clear()
             self.plan.keep_on = torch.device("cpu")
             self.say("encode: no memory for the middle stage's input; going on with it in main memory.")
             if not self._attempt(work):

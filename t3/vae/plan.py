@@ -101,7 +101,7 @@ def plan_within(
     if not plans:
         beside = needs.kept if device == main else needs.passing
         least = max(needs.middle + 1, min(choice.bytes for choice in found)) + beside
-        least = with_room(least, device) + (device != main)
+        least = with_room(least, device)
         what = "" if tile is None else f" with tiles of {tile} pixels"
         raise T3Error(
             f"{stated}, but {needs.work}ing {needs.clip}{what} takes {least:,} or more. Give at least that"
