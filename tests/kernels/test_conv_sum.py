@@ -126,6 +126,20 @@ def test_any_of_the_terms_and_results(device, parts, silu):
         assert (kernel - plain).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("doubled", CASES[:3:2])
+def test_what_is_read_may_lie_otherwise(device, doubled):
+    """Slower, with its channels not last; what is written to has them last always."""
+    from t3.kernels.conv_sum.kernel import conv_sum
+
+    found = []
+    for lies in (torch.channels_last, torch.contiguous_format):
+        y, bias, by, _ = terms(doubled, 12, 5, 6, torch.float32, device)
+        total, _ = places(12, 5, 6, torch.float32, device)
+        conv_sum(y.contiguous(memory_format=lies), bias, by.contiguous(memory_format=lies), doubled, total=total)
+        found.append(total)
+    assert torch.isfinite(found[0]).all() and torch.equal(*found)
+
+
 def test_nothing_but_zeros_has_a_norm(device):
     """As torch's `normalize`: zeros, not a division by nothing."""
     from t3.kernels.conv_sum.kernel import conv_sum

@@ -149,6 +149,14 @@ def test_merge_equals_the_truth(device, window_merge, dtype, grid, partition, ba
         assert torch.equal(out, merge_naive.window_merge(parts, rows, batch))
 
 
+@pytest.mark.parametrize("moved", [(True, False), (False, True), (False, False)])
+def test_merge_where_either_part_stays(device, window_merge, moved):
+    parts = [random(48, 64, device=device, seed=seed) for seed in range(2)]
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(3)).to(torch.int32).view(2, 24).to(device)
+    rows = [order if moves else None for moves in moved]
+    assert torch.equal(window_merge(parts, rows, 2), merge_naive.window_merge(parts, rows, 2))
+
+
 def test_grouped_and_merged_is_what_it_was(device, window_group, window_merge):
     x = random(2, 105, 192, dtype=torch.bfloat16, device=device)
     rows = list(token_rows((3, 5, 7), (2, 3, 2), 2, torch.device(device)))
@@ -221,15 +229,17 @@ def test_every_row_is_written(device, window_group, window_merge, poisoned, grid
     assert torch.isfinite(window_merge(outs, rows, 2)).all()
 
 
-def test_offsets_are_64_bit(device, window_group):
+@pytest.mark.parametrize("normed", [False, True])
+def test_offsets_are_64_bit(device, window_group, normed):
     """Rows 2^31 elements apart. Memory that is not touched costs nothing, on a CPU; a card with less skips."""
     try:
         x = torch.empty(2, 2**31, dtype=torch.float16, device=device)[None, :, -128:]
     except RuntimeError as error:  # out of memory
         pytest.skip(str(error))
     x.copy_(random(1, 2, 128, dtype=torch.float16, device=device))
-    (out,) = window_group(x, [None])
-    assert torch.equal(out, x[0])
+    arguments = (torch.ones(128, device=device), 1e-6) if normed else ()
+    (out,) = window_group(x, [None], *arguments)
+    close(out, group_naive.window_group(x.double(), [None], *arguments)[0], torch.float16)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
