@@ -93,6 +93,29 @@ def test_scales_are_folded_where_a_dialect_has_no_alpha(tmp_path):
         assert "peft has no alpha: 1 scales are folded" in out.notes[0]
 
 
+@pytest.mark.parametrize("to", ["peft", "kohya"])
+def test_lengths_of_columns_stay_lengths_of_columns(tmp_path, to):
+    """PEFT's DoRA has lengths of rows alone: under its name they would be taken for those."""
+    stem = "diffusion_model.blocks.0.self_attn.q"
+    tensors = {f"{stem}.lora_down.weight": torch.ones(4, 128), f"{stem}.lora_up.weight": torch.ones(128, 4)}
+    file = open_weights(save(tmp_path / "a.safetensors", tensors | {f"{stem}.dora_scale": torch.rand(1, 128)}))
+    (entry,) = (e for e in respell(file, identify(file), dialect_of(to)).entries if "dora_scale" in e.name)
+    assert entry.shape == (1, 128)
+
+
+@pytest.mark.parametrize("to", ["peft", "diffusers"])
+def test_a_scale_is_folded_into_one_factor(tmp_path, to):
+    """Of a LoKr whose first factor is a product and whose second is whole."""
+    stem, state = "diffusion_model.blocks.0.self_attn.q", kind_state("t2v")["blocks.0.self_attn.q.weight"]
+    sizes = {"w1_a": (4, 2), "w1_b": (2, 4), "w2": (32, 32)}
+    tensors = {f"{stem}.lokr_{role}": torch.randn(size) for role, size in sizes.items()}
+    file = open_weights(save(tmp_path / "a.safetensors", tensors | {f"{stem}.alpha": torch.tensor(3.0)}))
+    out = respell(file, identify(file), dialect_of(to))
+    new = open_weights(write_safetensors(tmp_path / "b.safetensors", out.entries, out.metadata))
+    have, want = (apply_piece(f, identify(f).adapter.pieces[0], state) for f in (new, file))
+    torch.testing.assert_close(have, want)
+
+
 @pytest.mark.parametrize(("to", "count"), [("comfyui", 0), ("peft", 5), ("kohya", 2)])
 def test_names_that_only_we_read_are_told(tmp_path, to, count):
     tensors, _ = adapter("t2v", "mixed", "original")

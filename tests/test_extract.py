@@ -271,6 +271,25 @@ def test_a_low_rank_is_found_and_recovered(rows, columns, rank, size, seed):
         assert (have - delta.double()).norm() <= 1e-6 * delta.double().norm()
 
 
+def test_both_factors_are_of_one_size_so_that_half_precision_holds_them():
+    """Their product reaches 10^6, far beyond float16; neither factor does."""
+    delta = 2e5 * noise(40, 3, seed=1) @ noise(3, 30, seed=2)
+    found = by_rank(delta, 3, torch.float16)
+    lengths = [factor.float().norm(dim=axis) for factor, axis in ((found.up, 0), (found.down, 1))]
+    torch.testing.assert_close(*lengths, rtol=1e-3, atol=0)
+    assert delta.abs().max() > 65_504 and found.error < 1e-3
+
+
+def test_the_precision_of_products_is_put_back():
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        by_rank(noise(8, 8, seed=1), 2, torch.float32)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_factors_of_any_shape():
     """The lowest rank that is enough, against an SVD in float64, by the sketch and by all vectors."""
     for rows, columns in ((200, 160), (160, 200), (40, 300), (9, 9)):

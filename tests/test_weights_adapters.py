@@ -182,6 +182,38 @@ def test_bfloat16_rounds_once(tmp_path):
         assert torch.equal(after[f"{module}.weight"], (base.float() + b @ a).bfloat16())
 
 
+def test_a_float64_model_is_changed_in_float64(tmp_path):
+    model = tiny_transformer(dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1e-10
+    before = original_state(model)
+    tensors, deltas = lora(before, MODULES[:1], LORA_FORMS["lora_A"])
+    apply_weights(model, open_weights(save(tmp_path / "a.safetensors", tensors)), 0.5)
+    after = original_state(model)
+    for name, delta in deltas.items():
+        torch.testing.assert_close(after[name], before[name] + 0.5 * delta, rtol=1e-14, atol=1e-14)
+
+
+def test_dora_by_columns(tmp_path):
+    """One length for each column, as kohya's tools can write it, of a weight that is not square."""
+    model, module = tiny_transformer(), "blocks.1.ffn.0"
+    before = original_state(model)
+    tensors, deltas = lora(before, [module], LORA_FORMS["lora_down"], DIALECTS["kohya"])
+    lengths = noise(1, 128, seed=9).abs() + 0.5
+    tensors[f"{DIALECTS['kohya'](module)}.dora_scale"] = lengths
+    base = before[f"{module}.weight"].double()
+    merged = base + deltas[f"{module}.weight"]
+    deltas = {f"{module}.weight": lengths.double() * merged / merged.norm(dim=0, keepdim=True) - base}
+    apply_weights(model, open_weights(save(tmp_path / "a.safetensors", tensors)), 0.5)
+    check(model, before, deltas, 0.5)
+
+
+def test_names_that_read_both_ways_are_the_original_ones(tmp_path):
+    file = open_weights(save(tmp_path / "a.safetensors", {"patch_embedding.diff_b": torch.ones(128)}))
+    assert identify(file).naming == "original"
+
+
 def test_lora_on_the_patch_convolution(tmp_path):
     model = tiny_transformer()
     before = original_state(model)
@@ -297,7 +329,11 @@ def test_files_that_diffusers_itself_saves(tmp_path):
 
 def test_folders_of_peft_keep_their_alpha_beside_the_weights(tmp_path):
     config = peft.LoraConfig(
-        r=RANK, lora_alpha=10, target_modules=["to_q", "to_k"], alpha_pattern={"blocks.1.attn1.to_q": 2}
+        r=RANK,
+        lora_alpha=10,
+        target_modules=["to_q", "to_k"],
+        # The first that fits the end of a name, cut at dots, counts; "_q" fits none. (PEFT sorts them in its files.)
+        alpha_pattern={"_q": 99, "blocks.1.attn1.to_q": 2, "to_q": 7},
     )
     tuned = peft.get_peft_model(tiny_transformer(), config)
     randomise_adapter(tuned)

@@ -44,6 +44,13 @@ def test_without_settings_alpha_is_the_rank_and_told(tmp_path):
     assert scale(tmp_path) == (1.0, ["no adapter_config.json beside it: alpha taken to equal the rank"])
 
 
+def test_settings_beside_files_of_other_programs_are_not_theirs(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(SETTINGS))
+    tensors = {key.replace("base_model.model.", "diffusion_model."): tensor for key, tensor in PEFT.items()}
+    file = open_weights(save(tmp_path / "style.safetensors", tensors))
+    assert scale_of(file, identify(file).adapter.pieces[0]) == 1.0
+
+
 @pytest.mark.parametrize(
     "content", [json.dumps(SETTINGS)[:-5].encode(), b"", b"\xff\xfe{\x00", b"[1]", b'"x"', b"[" * 100_000, None]
 )
@@ -103,6 +110,15 @@ def test_a_config_of_its_own_counts_and_is_not_told(tmp_path):
     found = identify(open_weights(tmp_path))
     assert (found.config["num_attention_heads"], found.config["eps"], found.notes) == (2, 0.25, [])
     assert load_transformer(tmp_path, dtype=torch.float32).config.attention_head_dim == 64
+
+
+def test_a_config_of_another_class_of_that_name_is_left_alone(tmp_path):
+    """VideoX-Fun's, which has fields of its own: neither taken nor told."""
+    path = save(tmp_path / "mine.safetensors", original_state(tiny_transformer()))
+    alone = identify(open_weights(path))
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "WanTransformer3DModel", "dim": 128, "eps": 0.5}))
+    found = identify(open_weights(path))
+    assert found.config == alone.config and found.notes == alone.notes
 
 
 @pytest.mark.parametrize("model", ["wan2.1-t2v-14b", "wan2.1-flf2v-14b", "wan2.2-ti2v-5b", "wan2.1-vace-14b"])

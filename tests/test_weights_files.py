@@ -1,5 +1,6 @@
 """Opening weights: single files, indexes, folders, damage of every kind, and scaled fp8."""
 
+import itertools
 import json
 import random
 import struct
@@ -229,6 +230,34 @@ def test_scaled_fp8(tmp_path, spelling, rows):
     assert torch.equal(file.read("x.bias"), torch.ones(4))
     assert file.read("y.weight").dtype == torch.float8_e4m3fn
     assert set(file.companions()) == {f"x.{spelling}", *extra}
+
+
+@pytest.mark.parametrize("form", ["float8_e4m3fn", "float8_e5m2"])
+def test_fp8_stored_as_plain_bytes(tmp_path, form):
+    """As older writers did: what the bytes mean is in the note."""
+    weight = torch.randn(4, 3).to(getattr(torch, form))
+    note = torch.tensor(list(json.dumps({"format": form}).encode()), dtype=torch.uint8)
+    stored = {"x.weight": weight.view(torch.uint8), "x.weight_scale": torch.tensor(0.37), "x.comfy_quant": note}
+    file = open_weights(save(tmp_path / "w.safetensors", stored))
+    assert torch.equal(file.read("x.weight"), weight.float() * 0.37)
+
+
+def test_fp8_of_a_format_that_is_not_known(tmp_path):
+    """Numbers that are rotated, say, are no less wrong for being stored as fp8 with one scale."""
+    note = torch.tensor(list(b'{"format": "float8_rotated"}'), dtype=torch.uint8)
+    stored = {"x.weight": torch.zeros(4, 3).to(torch.float8_e4m3fn), "x.weight_scale": torch.tensor(1.0)}
+    file = open_weights(save(tmp_path / "w.safetensors", stored | {"x.comfy_quant": note}))
+    with pytest.raises(T3Error, match="quantised as float8_rotated"):
+        file.read("x.weight")
+
+
+def test_a_file_that_becomes_shorter_is_no_endless_read(tmp_path):
+    path = save(tmp_path / "w.safetensors", {"x": torch.zeros(1000)})
+    file = open_weights(path)
+    with path.open("r+b") as stream:
+        stream.truncate(file.info("x").begin + 1500)
+    with pytest.raises(T3Error, match="became shorter while it was read"):
+        list(itertools.islice(file.pieces("x", 1024), 5))
 
 
 @pytest.mark.parametrize("kind", ["nvfp4", "int8_tensorwise", "bad scale", "bad note"])

@@ -11,6 +11,7 @@ from t3.errors import T3Error
 from t3.plan import Grid, Plan
 from t3.weights import T3Metadata, apply_weights, identify, open_weights, read_metadata
 from t3.weights.fingerprint import Fingerprint, fingerprint
+from t3.weights.merge import MergedFile
 
 PLAN = Plan("mine", Grid(2, 4, 6), (("each", 1, 1), (1, 2, 3)))
 
@@ -45,6 +46,7 @@ def test_nothing_written_says_nothing():
     assert T3Metadata().to_header() == {} and read_metadata({"format": "pt"}, "x") == T3Metadata()
     assert T3Metadata().tuned == "cannot tell" and T3Metadata().trained_grid is None
     assert T3Metadata(PLAN).trained_grid == Grid(2, 4, 6)
+    assert T3Metadata(PLAN, Grid(3, 4, 6)).trained_grid == Grid(3, 4, 6)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +56,7 @@ def test_nothing_written_says_nothing():
         ("t3.plan", '{"t3_plan": 1, "grid": [2, 4, 6], "layers": [[3, 1, 1]]}', "3 windows along t"),
         ("t3.plan", '{"t3_plan": 9}', "version 9"),
         ("t3.version", "2", "version 2, and this release reads up to 1"),
+        ("t3.version", "0", "version 0, and this release reads up to 1"),
         ("t3.version", "new", "'new'"),
         ("t3.grid", "[2, 4]", r"\[2, 4\]"),
         ("t3.rank", "-1", "'-1'"),
@@ -83,11 +86,48 @@ def test_fingerprint_knows_its_base_in_any_format():
         assert own.fits(print_of({name: t.to(dtype) for name, t in state.items()})), dtype
     tuned = {name: t + 0.05 * t.std() * torch.randn(t.shape) if t.numel() > 1 else t for name, t in state.items()}
     assert own.distance(print_of(tuned)) > 0 and own.fits(print_of(tuned))
-    other = print_of(original_state(tiny_transformer(seed=1)))
+    apart = {name: t + 0.3 * t.std() * torch.randn(t.shape) if t.numel() > 1 else t for name, t in state.items()}
+    assert not own.fits(print_of(apart))
+    trained = original_state(tiny_transformer(seed=1))
+    for part in ("modulation", "self_attn.q.bias"):
+        mixed = {name: trained[name] if name.endswith(part) else tensor for name, tensor in state.items()}
+        assert not own.fits(print_of(mixed)), part
+    other = print_of(trained)
     assert own.distance(other) > 0.8 and not own.fits(other)
     deeper = {**TINY, "num_layers": 3}
     assert own.distance(print_of(original_state(tiny_transformer(deeper), deeper))) == math.inf
     assert print_of({"head.modulation": torch.ones(1, 2, 128)}) is None
+
+
+def test_a_whole_checkpoint_needs_no_base(tmp_path):
+    """It replaces every number; what it was trained from does not matter."""
+    other = original_state(tiny_transformer(seed=1))
+    path = save(tmp_path / "a.safetensors", other, T3Metadata(base=print_of(other)).to_header())
+    assert "another base" not in apply_weights(tiny_transformer(), open_weights(path)).describe()
+
+
+def test_in_a_merge_each_file_meets_what_those_before_it_left(tmp_path):
+    first, second = (original_state(tiny_transformer(seed=seed)) for seed in (0, 1))
+    base = open_weights(save(tmp_path / "base.safetensors", first))
+    marked = {}
+    for name, state in (("first", first), ("second", second)):
+        header = T3Metadata(base=print_of(state)).to_header()
+        # To the second model, and from there nowhere.
+        tensors = {f"{key}.set_weight" if key.endswith("modulation") else key: second[key] for key in first}
+        tensors = {
+            key.removesuffix(".bias") + ".diff_b" if key.endswith("self_attn.q.bias") else key: value
+            for key, value in tensors.items()
+            if key.endswith(("modulation.set_weight", "self_attn.q.bias"))
+        }
+        for key in list(tensors):
+            if key.endswith("diff_b"):
+                place = key.removesuffix("diff_b") + "bias"
+                tensors[key] = second[place] - first[place] if name == "first" else torch.zeros_like(second[place])
+        marked[name] = open_weights(save(tmp_path / f"{name}.safetensors", tensors, header))
+    for order, told in ((("first", "second"), [False, False]), (("first", "first"), [False, True])):
+        merged = MergedFile(base, identify(base), [(marked[name], 1.0) for name in order])
+        notes = [any("made for another base" in note for note in step.report.notes) for step in merged.steps]
+        assert notes == told
 
 
 @pytest.mark.parametrize("same", [True, False])

@@ -105,7 +105,7 @@ def read_adapter(file: WeightFile) -> AdapterFile:
     parsed: dict[str, AdapterKey] = {}
     refused: dict[str, str] = {}
     for key in file:
-        adapter_key = parse_key(key) if not key.startswith(("lora_te", "lora_prior_te")) else None
+        adapter_key = parse_key(key)
         if adapter_key is None or not adapter_key.places:
             refused[key] = refusal(key)
         elif adapter_key.role != "alpha" and file.dtype(key) not in FLOAT_TYPES:
