@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
+from keep import parse_with_out, save
 from torch import nn
 
 from t3 import Grid, Plan
@@ -362,18 +363,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try the script")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="parts whose name has such a word")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    options = parse_with_out(parser)
     began = time.perf_counter()
     limits = measure_ceilings(DEVICE, options.tiny)
     matmul, copy = limits.matmul_tflops, limits.copy_tb_s * 1e3
     results: dict = {"machine": machine(DEVICE), "ceilings": asdict(limits)}
     print(json.dumps(results), flush=True)
 
-    def save() -> None:
+    def keep() -> None:
         results["seconds"] = round(time.perf_counter() - began, 1)
-        if options.out:
-            options.out.write_text(json.dumps(results, indent=1) + "\n")
+        save(options.out, results)
         if CUDA:
             torch.cuda.empty_cache()
 
@@ -388,7 +387,7 @@ def main() -> None:
         if not options.only or any(word in name for word in options.only):
             print(name, flush=True)
             attempt(results, name, work)
-            save()
+            keep()
     print(f"seconds: {time.perf_counter() - began:.0f}")
 
 

@@ -32,6 +32,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "backend:cudaMallocAsync")
 import decode_4k
 import host_comfy
 import torch
+from keep import parse_with_out, save
 
 MODELS = {
     "1.3b": {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30, "in_dim": 16, "out_dim": 16},
@@ -278,8 +279,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer layers than the model has; the estimate of time is yours")
     parser.add_argument("--cap", type=float, metavar="GIB", help="of the card's memory, what this process may take")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="rows whose name has one of these words")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    options = parse_with_out(parser, card=True)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if options.dynamic_vram:
         import comfy_aimdo.control
@@ -299,8 +299,7 @@ def main() -> None:
 
             def keep(rows: dict, name=name) -> None:
                 results[name] = rows
-                if options.out:
-                    options.out.write_text(json.dumps(results, indent=1) + "\n")
+                save(options.out, results)
 
             measure(pack, name, options.tiny, options.only, options.layers, keep)
 

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests/host"))
 
 import host_comfy
 import torch
+from keep import parse_with_out, save
 
 from t3.bench.decode import (
     BOUNDS,
@@ -143,8 +144,7 @@ def main() -> None:
     parser.add_argument("--comfyui", type=Path, default=host_comfy.COMFYUI)
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try the script")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="rows of time whose name has such a word")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    options = parse_with_out(parser, card=True)
     host_comfy.load(options.comfyui.resolve(), cpu=False)
     ceilings = measure_ceilings(DEVICE, options.tiny)
     results: dict = {"machine": machine(DEVICE) | {"command": " ".join(sys.argv)}, "ceilings": asdict(ceilings)}
@@ -155,8 +155,7 @@ def main() -> None:
             if not options.only:
                 results[name]["exactness"] = exactness(name, sd, options.tiny)
             results[name]["speed"] = speed(name, sd, options.tiny, options.only, ceilings)
-            if options.out:
-                options.out.write_text(json.dumps(results, indent=1) + "\n")
+            save(options.out, results)
 
 
 if __name__ == "__main__":

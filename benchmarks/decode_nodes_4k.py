@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests/host"))
 import decode_4k
 import host_comfy
 import torch
+from keep import parse_with_out, save
 from most import Most
 
 from t3.bench.decode import LATENT_FRAMES, random_latents
@@ -90,8 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfyui", type=Path, default=host_comfy.COMFYUI)
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try the script")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    options = parse_with_out(parser, card=True)
     pack = host_comfy.load(options.comfyui.resolve(), cpu=False)
     node = pack.nodes.vae_decode.T3VAEDecodeToVideo
     latents = random_latents("2.1", LATENT_FRAMES, 4 if options.tiny else 1)
@@ -107,11 +107,11 @@ def main() -> None:
                 patches.enter_context(mock.patch(buffer, lambda: 10**9))
             results[label] = to_video(node, vae, samples, depth, Path(folder))
             print(label, json.dumps(results[label]), flush=True)
+            save(options.out, results)
         patches.close()
         results["cancel"] = cancel(node, vae, samples)
         print("cancel", json.dumps(results["cancel"]), flush=True)
-    if options.out:
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
+    save(options.out, results)
 
 
 if __name__ == "__main__":

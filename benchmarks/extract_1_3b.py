@@ -23,6 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from keep import parse_with_out, save
 
 from t3.weights import known_config
 from t3.weights.layout_dit import dit_layout
@@ -103,8 +104,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--cases", nargs="+", default=CASES, help="options of t3.extract, each set in quotes")
     parser.add_argument("--folder", type=Path, help="where the two files are made (6 GB, default: the system's)")
-    parser.add_argument("--out", type=Path, help="JSON file for the figures")
-    args = parser.parse_args()
+    args = parse_with_out(parser)
     name = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
     figures = []
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
@@ -114,10 +114,7 @@ def main() -> None:
         for case in args.cases:
             figures.append(measure(case, base, tuned, args.device))
             print(json.dumps(figures[-1]), flush=True)
-    if args.out:
-        args.out.write_text(
-            json.dumps({"device": name, "torch": torch.__version__, "figures": figures}, indent=2) + "\n"
-        )
+            save(args.out, {"device": name, "torch": torch.__version__, "figures": figures})
 
 
 if __name__ == "__main__":

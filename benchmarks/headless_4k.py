@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import diffusers
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from keep import parse_with_out, save
 from transformers import UMT5Config, UMT5EncoderModel
 
 from t3 import __version__, decode, generate
@@ -152,12 +153,12 @@ def main() -> None:
     """Run the rows, writing what there is after each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["1.3b", "5b"])
-    parser.add_argument("--rows", nargs="+", help="sampling rows, by name (default: all)")
+    names = dict.fromkeys(name for rows in SAMPLING.values() for name in rows)
+    parser.add_argument("--rows", nargs="+", choices=names, help="sampling rows, by name (default: all)")
     parser.add_argument("--forwards", type=int, default=3)
     parser.add_argument("--no-video", action="store_true", help="leave out decode and the whole run")
-    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tiny", action="store_true", help="tiny models and clips: try the script on a CPU")
-    args = parser.parse_args()
+    args = parse_with_out(parser, required=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = ["--height", "64", "--width", "96", "--frames", "5"] if args.tiny else []
     crop = ["--crop", "60"] if args.tiny else ["--crop", "2160"]
@@ -166,7 +167,7 @@ def main() -> None:
     def add(name: str, row: dict) -> None:
         row["command"] = " ".join(row["command"]).replace(temporary, "...")
         results["rows"][name] = row
-        args.out.write_text(json.dumps(results, indent=1))
+        save(args.out, results)
         print(name, {k: v for k, v in row.items() if k != "command"}, file=sys.stderr, flush=True)
 
     with tempfile.TemporaryDirectory() as temporary:

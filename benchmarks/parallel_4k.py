@@ -10,7 +10,6 @@ CPU. `parallel_profile.py` tells where the time goes.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -24,10 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 import torch
+from keep import parse_with_out, save
 
 from t3.bench.machine import machine
 from t3.bench.timing import release
-from t3.bench.transformer import Transformer, grid_of, size_of
+from t3.bench.transformer import MODELS, SIZES, Transformer, grid_of, size_of
 from t3.memory import GIB
 from t3.parallel import sequence
 from t3.parallel.faults import run
@@ -46,8 +46,8 @@ PATIENCE = 120.0
 def main() -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["1.3b", "5b"], help="1.3b, 5b, 14b")
-    parser.add_argument("--size", default="4k")
+    parser.add_argument("--models", nargs="+", default=["1.3b", "5b"], choices=MODELS)
+    parser.add_argument("--size", default="4k", choices=SIZES)
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each row, after one that is not counted")
     ways = list(dict.fromkeys([sequence.PARTS, 1, 2, 4]))
@@ -62,9 +62,8 @@ def main() -> int:
         metavar="S",
         help="begin no row that would end later, were it the longest",
     )
-    parser.add_argument("--out", type=Path, help="JSON; a file that is there is written over")
     parser.add_argument("--tiny", action="store_true", help="small models on the CPU")
-    args = parser.parse_args()
+    args = parse_with_out(parser)
     return run("parallel_4k", lambda world: _measure(world, args), as_json=False)
 
 
@@ -237,8 +236,8 @@ class Bench:
         return max(self.world.gather(end, PATIENCE)) <= self.args.seconds
 
     def _write(self) -> None:
-        if self.world.is_first and self.args.out:
-            self.args.out.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
+        if self.world.is_first:
+            save(self.args.out, self.result)
 
     def _timed(self, work: Callable[[], torch.Tensor], expected: list[torch.Tensor] | None) -> dict[str, Any]:
         cuda = self.device.type == "cuda"

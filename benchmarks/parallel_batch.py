@@ -26,6 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from headless_4k import machine
+from keep import parse_with_out, save
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--height", "64", "--width", "96", "--frames", "5", "--steps", "2", "--cfg", "1"]
@@ -171,16 +172,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=190, help="for all of it (default: 190)")
     parser.add_argument("--no-kill", dest="kill", action="store_false")
     parser.add_argument("--tiny", action="store_true", help="tiny model and clips: try the script on a CPU")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON, written after each row")
-    options = parser.parse_args()
+    options = parse_with_out(parser)
     stop = time.monotonic() + options.seconds
     results: dict[str, Any] = {"machine": machine(), "options": vars(options) | {"out": None}, "runs": []}
 
     def add(row: dict[str, Any]) -> None:
         results["runs"].append(row)
         print(json.dumps(row), flush=True)
-        if options.out:
-            options.out.write_text(json.dumps(results, indent=1) + "\n")
+        save(options.out, results)
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

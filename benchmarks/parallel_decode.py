@@ -24,6 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from keep import parse_with_out, save
 from most import Most
 
 from t3.bench.decode import VAES, random_vae
@@ -127,8 +128,7 @@ class Run:
 
     def _write(self) -> None:
         print(json.dumps(self.results["rows"][-1]), flush=True)
-        if self.out:
-            self.out.write_text(json.dumps(self.results, indent=1) + "\n")
+        save(self.out, self.results)
 
     def table(self) -> str:
         """The rows as Markdown."""
@@ -261,8 +261,7 @@ def main() -> int:
     parser.add_argument("--no-encode", dest="encode", action="store_false", help="leave out the encode")
     parser.add_argument("--cpu", action="store_true", help="gloo on CPUs, even where there are cards")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try the script")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON, written after each row")
-    args = parser.parse_args()
+    args = parse_with_out(parser)
     return faults.run("parallel_decode", lambda world: benchmark(args, world), as_json=False)
 
 

@@ -12,7 +12,6 @@ over ranks is the sending alone. `--tiny` tries it on CPUs.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -29,12 +28,13 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttention
+from keep import parse_with_out, save
 from torch import nn
 
 from t3 import block, chunks, diffusers_block, fused, memory
 from t3.bench.machine import machine
 from t3.bench.timing import release
-from t3.bench.transformer import Transformer, grid_of, size_of
+from t3.bench.transformer import MODELS, SIZES, Transformer, grid_of, size_of
 from t3.diffusers_text import TextAttention
 from t3.parallel import sequence
 from t3.parallel.faults import run
@@ -249,8 +249,7 @@ class Profile:
         rows.append(row)
         if self.world.is_first:
             print(table(rows[0], row, self.world.size), flush=True)
-            if self.args.out:
-                self.args.out.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
+            save(self.args.out, self.result)
 
     def _wall(self, work: Callable[[], Any]) -> float:
         if self.world.size > 1:
@@ -338,15 +337,14 @@ def _measure(world: World, args: argparse.Namespace) -> int:
 def main() -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="1.3b", help="1.3b, 5b, 14b")
-    parser.add_argument("--size", default="4k")
+    parser.add_argument("--model", default="1.3b", choices=MODELS)
+    parser.add_argument("--size", default="4k", choices=SIZES)
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--repeats", type=int, default=2, help="timed forwards of each way, without events and with")
     parser.add_argument("--parts", type=int, nargs="+", default=[1, 2, 4, 8], help="runs of tokens on their way")
     parser.add_argument("--groups", type=int, nargs="*", default=[2], help="groups of heads, where memory is short")
-    parser.add_argument("--out", type=Path, help="JSON; a file that is there is written over")
     parser.add_argument("--tiny", action="store_true", help="a small model on the CPU")
-    args = parser.parse_args()
+    args = parse_with_out(parser)
     return run("parallel_profile", lambda world: _measure(world, args), as_json=False)
 
 

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests/host"))
 import torch
 from host_server import HostServer
 from install import COMFYUI, ROOT
+from keep import parse_with_out, save
 from most import Most
 
 from tools.notes import T3_LORA, TEXT_ENCODER, WAN21
@@ -209,9 +210,8 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="WORD", help="rows of the server whose name has such a word"
     )
-    parser.add_argument("--out", type=Path)
     parser.add_argument("--step", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parse_with_out(parser)
     tree = options.comfyui.resolve()
     if options.step:
         name, folder = options.step
@@ -221,8 +221,7 @@ def main() -> None:
     results: dict = {"machine": machine(options)}
 
     def keep() -> None:
-        if options.out:
-            options.out.write_text(json.dumps(results, indent=1) + "\n")
+        save(options.out, results)
 
     def child(name: str, folder: Path) -> None:
         words = ["--comfyui", str(tree), "--step", name, str(folder), *(["--tiny"] if options.tiny else [])]

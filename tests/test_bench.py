@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
+import importlib
 import json
 import os
 import re
@@ -222,6 +224,51 @@ def test_help_names_every_subcommand(capsys):
     assert end.value.code == 0
     printed = capsys.readouterr().out
     assert all(re.search(rf"^ +{name}\b", printed, re.MULTILINE) for name in SUBCOMMANDS)
+
+
+# The scripts in benchmarks/
+
+
+@pytest.fixture
+def keep(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("keep")
+
+
+def test_a_script_refuses_a_file_in_the_way_before_any_work(keep, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "results.json"
+    out.write_text("mine")
+    (tmp_path / "file").touch()
+    for words, place in (("exists already", out), ("is a folder", tmp_path), ("cannot", tmp_path / "file" / "a.json")):
+        monkeypatch.setattr(sys, "argv", ["script", "--out", str(place)])
+        with pytest.raises(SystemExit) as end:
+            keep.parse_with_out(argparse.ArgumentParser())
+        assert end.value.code == 2 and words in capsys.readouterr().err
+    assert out.read_text() == "mine"
+    monkeypatch.setattr(sys, "argv", ["script", "--out", str(tmp_path / "new" / "a.json")])
+    assert keep.parse_with_out(argparse.ArgumentParser()).out.parent.is_dir()
+    monkeypatch.setattr(sys, "argv", ["script", "--out", str(out), "--overwrite"])
+    assert keep.parse_with_out(argparse.ArgumentParser()).out == out
+
+
+def test_what_a_script_kept_stays_whole_when_the_next_row_cannot_be_written(keep, tmp_path):
+    out = tmp_path / "results.json"
+    keep.save(None, {"rows": []})
+    keep.save(out, {"rows": [1]})
+    with pytest.raises(TypeError):
+        keep.save(out, {"rows": [1, object()]})
+    assert json.loads(out.read_text()) == {"rows": [1]} and list(tmp_path.iterdir()) == [out]
+
+
+def test_a_script_s_run_and_its_second(tmp_path):
+    out = tmp_path / "new" / "results.json"
+    command = [sys.executable, "benchmarks/block_parts.py", "--tiny", "--only", "feed-forward", "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for status in (0, 2):
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+        assert done.returncode == status, done.stderr
+    assert "exists already" in done.stderr and not done.stdout
+    assert json.loads(out.read_text())["tiny, feed-forward"]["errors"]["ours"] < 0.01
 
 
 # Plots and ComfyUI
