@@ -85,6 +85,7 @@ def atomic_path(final: str | os.PathLike[str], overwrite: bool = False) -> Itera
     temp = _temporary(target)
     try:
         yield temp
+        _let_others_read(temp)
         _sync(temp)
         _publish(temp, target, os.replace if overwrite else _rename_new)
     finally:
@@ -111,6 +112,7 @@ def atomic_folder(
     try:
         yield temp
         for file in temp.iterdir():
+            _let_others_read(file)
             _sync(file)
         _publish(temp, target, replace)
     finally:
@@ -233,6 +235,18 @@ def _check_replaceable(final: Path, overwrite: bool, ours: Sequence[str]) -> Non
                 f"{final} also holds {name!r}, which this program did not write, so the folder is not replaced. "
                 f"Name another folder (such as {_free(final)}), or move that file away."
             )
+
+
+def _let_others_read(file: Path) -> None:
+    """Give a file that its writer made for its owner alone, as safetensors does, the permissions of new files here."""
+    with contextlib.suppress(OSError):
+        if file.stat().st_mode & 0o777 == 0o600:
+            probe = _temporary(file)
+            try:
+                probe.touch(exist_ok=False)
+                file.chmod(probe.stat().st_mode & 0o777)
+            finally:
+                probe.unlink(missing_ok=True)
 
 
 def _sync(file: Path) -> None:

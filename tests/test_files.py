@@ -100,6 +100,25 @@ def test_atomic_path(place):
     assert final.read_bytes() == b"new" and names(place) == ["clip.mp4"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="no permission bits")
+def test_files_made_for_their_owner_alone_are_readable_as_others(place):
+    """safetensors makes them so; other programs and machines are to read what was written here."""
+    place.parent.mkdir()
+    before = os.umask(0o027)
+    try:
+        with files.atomic_path(place) as temp:
+            temp.write_text("x")
+            temp.chmod(0o600)
+        with files.atomic_folder(place.parent / "frames") as folder:
+            (folder / "a").write_text("x")
+            (folder / "a").chmod(0o600)
+    finally:
+        os.umask(before)
+    assert place.stat().st_mode & 0o777 == 0o640
+    assert (place.parent / "frames" / "a").stat().st_mode & 0o777 == 0o640
+    assert sorted(path.name for path in (place.parent / "frames").iterdir()) == ["a"]
+
+
 def test_atomic_path_of_a_long_name(tmp_path):
     name = "影" * 80 + ".mp4"
     with files.atomic_path(tmp_path / name) as temp:
