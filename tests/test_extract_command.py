@@ -1,6 +1,5 @@
 """`python -m t3.extract`: what it says and writes, what it refuses and when, and how much memory it takes."""
 
-import contextlib
 import json
 import re
 import subprocess
@@ -23,7 +22,6 @@ from weights_kinds import adapter, kind_state
 
 from t3 import extract
 from t3.plan import Plan
-from t3.weights import extract as library
 from t3.weights import identify, open_weights
 
 
@@ -132,18 +130,22 @@ def test_refused(pair, capsys, arguments, message):
     assert {path: path.stat().st_mtime_ns for path in Path().rglob("*.*")} == before
 
 
-def test_a_full_disk_is_told(pair, capsys, monkeypatch):
-    class Full:
-        def tell(self):
-            return 0
-
-        def write(self, raw):
-            raise OSError(28, "No space left on device")
-
+@pytest.mark.parametrize(
+    ("most", "said"),
+    [(1000, "did not take what was extracted so far"), (100_000, "lora.safetensors could not be written")],
+)
+def test_a_full_disk_is_told(pair, capsys, most, said):
+    """Files may not grow beyond `most` bytes: too few for the temporary file, or for the result."""
+    resource = pytest.importorskip("resource")
     base, tuned, *_ = pair
-    monkeypatch.setattr(library.tempfile, "TemporaryFile", lambda **_: contextlib.nullcontext(Full()))
-    status, _, err = run(capsys, base, tuned, "--out", "lora.safetensors")
-    assert status == 2 and "No space left" in err and "another disk" in err
+    before, there = resource.getrlimit(resource.RLIMIT_FSIZE), sorted(Path().iterdir())
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+        status, _, err = run(capsys, base, tuned, "--out", "lora.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert status == 2 and said in err and "to another" in err
+    assert sorted(Path().iterdir()) == there
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of a process as Linux tells it")

@@ -8,12 +8,13 @@ and reported. One tensor of each model is in memory at a time.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -111,7 +112,7 @@ def extract(
     final = check_output(_named(out, settings.dialect), overwrite)
     if dry_run:
         return result
-    with tempfile.TemporaryFile(dir=final.parent) as spool:
+    with _spool(final.parent) as spool:
         entries: list[Entry] = []
         for done, name in enumerate(names):
             if cancel and cancel():
@@ -265,12 +266,24 @@ def _factors(delta: torch.Tensor, settings: Settings, dtype: torch.dtype) -> Fac
     return by_error(delta, settings.error, most, dtype, best=most < limit)
 
 
+@contextlib.contextmanager
+def _spool(folder: Path) -> Iterator[IO[bytes]]:
+    spool = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+    try:
+        yield spool
+    finally:
+        # What a full disk did not take would be tried, and fail, again.
+        with contextlib.suppress(OSError):
+            spool.close()
+
+
 def _spooled(spool: IO[bytes], name: str, tensor: torch.Tensor) -> Entry:
     """Put a tensor into the temporary file; its entry reads it back. How many there are is known only at the end."""
     raw = tensor_bytes(tensor)
     at = spool.tell()
     try:
         spool.write(raw)
+        spool.flush()
     except OSError as error:
         raise T3Error(
             f"the disk of the output did not take what was extracted so far ({error.strerror}). Free about twice the "

@@ -79,7 +79,19 @@ def write_safetensors(
     """
     entries, head = _laid_out(path, entries, metadata)
     final = check_output(path, overwrite, need_bytes=len(head) + sum(entry.nbytes for entry in entries))
-    with atomic_path(final, overwrite) as temp, temp.open("wb") as stream:
+    with atomic_path(final, overwrite) as temp:
+        try:
+            _write(temp, head, entries)
+        except OSError as error:
+            raise T3Error(
+                f"{final} could not be written ({error.strerror or error}). Check that disk's free space, or write "
+                "to another one."
+            ) from error
+    return final
+
+
+def _write(path: Path, head: bytes, entries: Sequence[Entry]) -> None:
+    with path.open("wb") as stream:
         stream.write(head)
         for entry in entries:
             before = stream.tell()
@@ -90,7 +102,6 @@ def write_safetensors(
                     f"{entry.name!r} came out as {stream.tell() - before:,} bytes where {entry.dtype} "
                     f"{list(entry.shape)} needs {entry.nbytes:,}; nothing was written."
                 )
-    return final
 
 
 def is_written(path: str | Path, entries: Sequence[Entry], metadata: Mapping[str, str]) -> bool:
