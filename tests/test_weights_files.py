@@ -105,6 +105,7 @@ DAMAGE = {
     "page": (b"<!DOCTYPE html><html><body>Sign in</body></html>", "web page"),
     "page with space": (b"\n  <html>", "web page"),
     "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS"),
+    "text": (b"# Model card\nThis is a description of weights.\n", "begins like a text, b'# Model card"),
     "gguf": (b"GGUF\x03\0\0\0\0\0\0\0", "damaged GGUF"),
     "zip pickle": (b"PK\x03\x04" + bytes(40), "convert it to safetensors"),
     "old pickle": (b"\x80\x02" + bytes(40), "convert it to safetensors"),

@@ -94,6 +94,8 @@ def _refuse_other_formats(path: Path, start: bytes, size: int) -> None:
             f"{path} is a PyTorch pickle. Pickles can run code when opened, so they are never loaded: "
             "convert it to safetensors, or download the safetensors version."
         )
+    if size >= 10 and b"\0" not in start:  # the length of a header has zeros among its eight bytes
+        raise T3Error(f"{path} is no safetensors file: it begins like a text, {start[:16]!r}. Name the weights.")
 
 
 def _check_tensor(path: Path, key: str, entry: Any, data_start: int, data_bytes: int) -> TensorInfo:
