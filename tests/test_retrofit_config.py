@@ -63,6 +63,12 @@ def test_stages_restate_the_schedule():
         ("[train]", "[trainable]\ntargets = ['self_attention']\n[train]", "Did you mean 'self-attention'"),
         ("batch = 2", "compile = true\n[validation]\ndraws = 20", "draws is 20, more than levels. Nearest: 16"),
         ("[train]", "[train", "it is no TOML"),
+        ("lr = 2e-4", "lr = nan", "[schedule] lr is nan; expected a finite number"),
+        ("lr = 2e-4", "shift = inf", "[schedule] shift is inf; expected a finite number"),
+        ("{ low = 1 }", "{ low = inf }", "mix.low is inf; expected a finite number"),
+        ("lr = 2e-4", f"lr = 1{'0' * 400}", "[schedule] lr is inf; expected a finite number"),
+        ("batch = 2", f"seed = {2**64}", f"seed is {2**64}; it can be at most {2**63}"),
+        ('"runs/x"', '" "', "[output] folder is empty"),
         ('[output]\nfolder = "runs/x"', "", "lacks [output]"),
         ('[[data.sets]]\nname = "low"\nfolder = "data/low"', "", "names no data"),
     ],
@@ -146,6 +152,36 @@ def test_a_dry_run_estimates_and_leaves_nothing(tmp_path, capsys):
     assert "3 clips of 2 x 3 x 4 tokens" in said
     assert "an assumption, not a measurement" in said
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("samples.height=60", "height is 60; this model needs a multiple of 16 pixels. Nearest: 64"),
+        ("samples.frames=6", "Nearest: 5"),
+        ("samples.fps=5000", "5000.0 is outside 0.01 to 1000 frames per second"),
+        ("output.folder='FILE'", "is a file. Name another folder"),
+    ],
+)
+@pytest.mark.parametrize("dry", [True, False])
+def test_what_would_fail_later_is_told_at_once(tmp_path, capsys, change, said, dry):
+    write_model(tmp_path / "model")
+    write_clips(tmp_path / "clips")
+    config = write_config(tmp_path, samples={"prompts": ["a dot"], "height": 64, "width": 96, "frames": 5})
+    change = change.replace("FILE", config)
+    assert main([config, "--set", change, *(["--dry-run"] if dry else [])]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_an_output_folder_that_takes_no_file_is_told_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
+    from t3.retrofit import session
+
+    write_model(tmp_path / "model")
+    write_clips(tmp_path / "clips")
+    config = write_config(tmp_path)
+    monkeypatch.setattr(session, "start", lambda *_: pytest.fail("the model was loaded"))
+    assert main([config, "--set", f"output.folder='{config}/run'"]) == 2
+    assert "cannot be" in capsys.readouterr().err
 
 
 def test_the_estimate_of_a_stage_counts_the_clips_that_it_draws(tmp_path, capsys):

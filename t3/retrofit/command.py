@@ -10,9 +10,11 @@ from pathlib import Path
 
 from ..cli import BAD_INPUT, let_segments_grow, quiet_libraries, run, say
 from ..errors import T3Error
+from ..files import check_output
 from ..parallel.faults import leave
 from .config import Config, read_config
 
+CONFIG = "config.toml"  # the copy in the output folder
 USAGE = """python -m t3.retrofit CONFIG.toml [--dry-run] [--resume]
        python -m t3.retrofit encode ...     clips to latents and text embeddings
        python -m t3.retrofit recipes ...    configs to start from"""
@@ -81,7 +83,7 @@ def train(args: argparse.Namespace, started: float) -> int:
         say(f"{clips.count} clips to train on, {len(clips.held_out)} held out")
         for note in (*model.describe(found, clips), *clips.notes, *model.check_grids(found, clips)):
             say(note)
-    folder.mkdir(parents=True, exist_ok=True)
+    check_output(folder / CONFIG, overwrite=True)
     session = start(config, found, clips, accelerator)
     from .loop import Loop
 
@@ -92,7 +94,7 @@ def train(args: argparse.Namespace, started: float) -> int:
     if session.main:
         text = Path(args.config).read_text(encoding="utf-8-sig")
         text += "".join(f"# --set {change}\n" for change in args.set)
-        (folder / "config.toml").write_text(text, encoding="utf-8")
+        (folder / CONFIG).write_text(text, encoding="utf-8")
     status = loop.run()
     if accelerator.num_processes > 1:
         accelerator.end_training()
@@ -103,6 +105,8 @@ def train(args: argparse.Namespace, started: float) -> int:
 
 def _check_folder(folder: Path, resume: bool, dry_run: bool) -> Path | None:
     """The checkpoint to go on from, or None for a fresh start. Raises `T3Error` where a run would be overwritten."""
+    if folder.exists() and not folder.is_dir():
+        raise T3Error(f"[output] folder: {folder} is a file. Name another folder.")
     if dry_run:
         return None
     found = sorted((folder / "checkpoints").glob("step-????????"))

@@ -23,6 +23,7 @@ SMALL = ("norms", "biases", "modulation")
 # What of a clip a model is given beside its caption: nothing, the first frame, the first and the last one.
 NONE = "none"
 CONDITIONS = (NONE, FIRST, ENDS)
+LAST_SEED = 2**63  # generators take twice as many; clips and processes count on from it
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Train:
 
     batch: int = number(1, at_least=1)
     accumulate: int = number(1, at_least=1)
-    seed: int = number(0, at_least=0)
+    seed: int = number(0, at_least=0, at_most=LAST_SEED)
     precision: str = choice("bf16", "fp32")
     optimizer: str = choice("adamw", "adamw-8bit", "muon")
     weight_decay: float = number(0.01, at_least=0)
@@ -182,7 +183,7 @@ class Validation:
     draws: int = number(1, at_least=1)
     batch: int = number(0, at_least=0)
     shift: float = number(1.0, at_least=0.01)
-    seed: int = number(0, at_least=0)
+    seed: int = number(0, at_least=0, at_most=LAST_SEED)
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ class Samples:
     steps: int = number(50, at_least=1)
     cfg: float = number(5.0, at_least=0)
     shift: float = number(5.0, at_least=0.01)
-    seed: int = number(0, at_least=0)
+    seed: int = number(0, at_least=0, at_most=LAST_SEED)
     fps: float = number(16.0, at_least=1)
 
 
@@ -340,6 +341,8 @@ def _stages(content: dict[str, Any]) -> tuple[Stage, ...]:
 
 
 def _check(config: Config) -> None:
+    if not config.output.folder.strip():
+        raise T3Error('[output] folder is empty. Name one, such as "runs/NAME".')
     names = [entry.name for entry in config.data.sets]
     if not names:
         raise T3Error('it names no data. Add a table [[data.sets]] with name = "..." and folder = "...".')

@@ -19,7 +19,7 @@ from ..prompts import safe_name
 from ..scheduler import ReleasedScheduler
 from ..sources import Sources
 from ..vace import Control
-from ..video import open_writer
+from ..video import frame_rate, open_writer
 from ..weights.catalogue import kind_of
 from .conditioning import KINDS, taken
 from .config import Samples
@@ -34,7 +34,6 @@ class Sampler:
     def __init__(self, session: Session, negative: str) -> None:
         self.asked = asked = session.config.samples
         sources, device = session.found.sources, session.accelerator.device
-        Grid.from_video(asked.frames, asked.height, asked.width, sources.pixels_per_token)
         self.pipe = assemble(sources, [None], session.compute, asked.shift)
         self.vae = self.pipe.vae
         self.pipe.text_encoder.to(device)
@@ -119,6 +118,8 @@ def check_asked(found: Found, asked: Samples) -> None:
             )
         if getattr(asked, name) and name not in takes:
             raise T3Error(f"[samples] has {name}, which {KINDS[kind]} does not take. Leave the key out.")
+    Grid.from_video(asked.frames, asked.height, asked.width, found.sources.pixels_per_token)
+    frame_rate(asked.fps)
     for path in (*asked.images, *asked.last_images):
         load_image(Path(path), asked.height, asked.width)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -90,7 +91,9 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return build(hint, value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value) if abs(value) < 2**63 else math.inf
+    if hint is float and isinstance(value, float) and not math.isfinite(value):
+        raise T3Error(f"{where} is {value}; expected a finite number.")
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         names = {int: "a whole number", float: "a number", str: "text in quotes", bool: "true or false"}
         raise T3Error(f"{where} is {value!r}; expected {names[hint]}.")
