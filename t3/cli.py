@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import T3Error
+from .prompts import SEED_LIMIT
 from .video import check_video, crop_frames, crop_rows, open_writer
 
 INTERRUPTED = 130
@@ -34,6 +36,18 @@ def add_video_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--crop", type=int, metavar="ROWS", help="crop about the centre, e.g. 2176 rows to 2160")
     group.add_argument("--overwrite", action="store_true", help="replace output that exists")
     group.add_argument("--json", action="store_true", help="print one JSON object with the results on standard output")
+
+
+def check_sampling(args: argparse.Namespace) -> None:
+    """Raise `T3Error` for steps, guidance (`cfg`), shift or a seed that no clip can be sampled with."""
+    if args.steps < 1:
+        raise T3Error(f"--steps is {args.steps}; use at least 1. The released setting is 50.")
+    if not 1 <= args.cfg < math.inf:
+        raise T3Error(f"--cfg is {args.cfg:g}; use 1 (no guidance) or more. The released setting is 5.")
+    if not 0 < args.shift < math.inf:
+        raise T3Error(f"--shift is {args.shift:g}; use more than 0. The released setting is 5.")
+    if not 0 <= args.seed < SEED_LIMIT:
+        raise T3Error(f"--seed is {args.seed}; use 0 to 2^64 - 1.")
 
 
 def check_clip(path: Path | str, width: int, height: int, args: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from .batch import Batch
 from .embedded import NOTICE
 from .errors import T3Error
 from .images import check_images
-from .jobs import Job, Options, make_jobs, run_jobs
+from .jobs import Job, Options, check_room, make_jobs, run_jobs
 from .memory import AUTO, MODES
 from .parallel import faults
 from .parallel.split import Split, Task, choose
@@ -161,6 +162,8 @@ def settle(args: argparse.Namespace) -> tuple[Sources, Plan, str, Grid]:
     """Find the model, fill in the defaults that depend on it, and check everything that can be checked beforehand."""
     if args.prompt and args.prompts:
         raise T3Error("give --prompt or --prompts, not both.")
+    if args.prompt is not None and not args.prompt.strip():
+        raise T3Error("--prompt is empty; say what to show.")
     sources = find_sources(
         model=args.model,
         dit=args.dit,
@@ -186,15 +189,8 @@ def settle(args: argparse.Namespace) -> tuple[Sources, Plan, str, Grid]:
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    if args.steps < 1:
-        raise T3Error(f"--steps is {args.steps}; use at least 1. The released setting is 50.")
-    if args.cfg < 1:
-        raise T3Error(f"--cfg is {args.cfg:g}; use 1 (no guidance) or more. The released setting is 5.")
-    if args.shift <= 0:
-        raise T3Error(f"--shift is {args.shift:g}; use more than 0. The released setting is 5.")
-    if not 0 <= args.seed < 2**63:
-        raise T3Error(f"--seed is {args.seed}; use 0 to 2^63 - 1.")
-    if args.attention_memory is not None and args.attention_memory <= 0:
+    cli.check_sampling(args)
+    if args.attention_memory is not None and not 0 < args.attention_memory < math.inf:
         raise T3Error(f"--attention-memory is {args.attention_memory:g} GiB; use more than 0.")
     if args.attention_memory is not None and args.memory != AUTO:
         raise T3Error(f"--attention-memory chooses the way by itself: leave --memory {args.memory} out.")
@@ -215,6 +211,8 @@ def _generate(args: argparse.Namespace, world: World) -> int:
         world.start(args.device)
     jobs, done = _jobs_of_all(args, world)
     check_images(((job.name, job.clip) for job in jobs), sources)
+    if world.is_first:
+        check_room(jobs, sources.latent_bytes(grid))
     split = _split(args, world, sources, grid, len(jobs))
     passes = args.steps * (2 if args.cfg > 1 else 1)
     dtype = args.dtype if args.dtype != "auto" else "fp32" if sources.embedded else "bf16"

@@ -16,7 +16,7 @@ from .cli import Stopwatch, check_clip, say, write_clip
 from .errors import T3Error
 from .files import check_output
 from .prompts import Prompt, output_path, pending, read_prompts, shard
-from .video import check_video_path
+from .video import SUFFIXES, check_video_path
 
 if TYPE_CHECKING:
     from .parallel.team import Team
@@ -90,6 +90,8 @@ def make_jobs(args: argparse.Namespace, names: list[str] | None = None) -> tuple
     suffix = "" if args.format == "png" else f".{args.format}"
     out_folder = None if args.no_decode else Path(args.out or DEFAULT_FOLDER)
     latents_folder = Path(args.latents_out) if args.latents_out else None
+    _check_folder("--out", out_folder, SUFFIXES, " and say the kind of file with --format")
+    _check_folder("--latents-out", latents_folder, (LATENTS_SUFFIX,))
     todo = list(prompts)
     if names is not None:
         todo = [p for p in prompts if p.name in set(names)]
@@ -120,6 +122,15 @@ def make_jobs(args: argparse.Namespace, names: list[str] | None = None) -> tuple
                 continue
         jobs.append(job)
     return jobs, len(prompts) - len(jobs)
+
+
+def _check_folder(option: str, folder: Path | None, suffixes: Iterable[str], way: str = "") -> None:
+    """Raise `T3Error` where the name of a file was given for the folder of many."""
+    if folder is not None and folder.suffix.lower() in suffixes and not folder.is_dir():
+        raise T3Error(
+            f"{option} {folder} names one file, and --prompts makes one for each prompt. Name a folder, such as "
+            f"{folder.with_suffix('')}{way}."
+        )
 
 
 def _wanted(out: Path | None, suffix: str, latents: Path | None) -> list[tuple[Path, str]]:
@@ -170,6 +181,21 @@ def _check(job: Job, args: argparse.Namespace) -> None:
         check_clip(job.out, args.width, args.height, args)
     if job.latents is not None:
         check_output(job.latents, args.overwrite)
+
+
+def check_room(jobs: Iterable[Job], latent_bytes: int) -> None:
+    """Raise `T3Error` unless the disks have room for the latents of these jobs, of `latent_bytes` each: of all that are
+    kept, and of one that waits for its decode. Found out after sampling, it would cost the sampling.
+    """
+    needed: dict[Path, tuple[Path, int]] = {}
+    for job in jobs:
+        path = job.latents or (job.out.with_name(job.out.stem + LATENTS_SUFFIX) if job.out else None)
+        if path is None or path.exists():
+            continue
+        first, bytes_before = needed.get(path.parent, (path, 0))
+        needed[path.parent] = first, bytes_before + latent_bytes if job.latents else max(bytes_before, latent_bytes)
+    for path, count in needed.values():
+        check_output(path, overwrite=True, need_bytes=count)
 
 
 def run_jobs(

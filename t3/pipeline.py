@@ -181,9 +181,11 @@ def pick_device(name: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.ones(1, device=device).item()  # "meta" takes tensors, and has no numbers
     except (RuntimeError, AssertionError) as error:
-        raise T3Error(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+        # One sentence: what follows is torch's list of all that it might have been built for.
+        reason = str(error).splitlines()[0].partition(". ")[0].rstrip(".")
+        raise T3Error(f"--device {name} cannot be used: {reason}. Use auto, cpu, cuda, cuda:1, ... or mps.") from None
     return device
 
 

@@ -17,7 +17,7 @@ NAME_BYTES = 120  # leaves room for suffixes and temporary names within the 143 
 _SLUG_CHARACTERS = 40
 _TEXT_KEYS = ("prompt", "text", "prompt_en")
 _NEGATIVE_KEYS = ("negative_prompt", "negative")
-_SEED_LIMIT = 2**64  # torch's generators and ComfyUI take 0 to 2^64 - 1
+SEED_LIMIT = 2**64  # torch's generators and ComfyUI take 0 to 2^64 - 1
 _RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])", re.IGNORECASE)
 _Item = TypeVar("_Item")
 
@@ -177,7 +177,7 @@ def _fields(where: str, entry: Any, folder: Path) -> dict[str, Any]:
         base = re.split(r"[/\\]", _string(where, entry, "data_file") or "")[-1]
         name = base.rpartition(".")[0] or base
     seed = entry.get("seed")
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < _SEED_LIMIT):
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < SEED_LIMIT):
         raise T3Error(f'{where} has the "seed" {seed!r}. Use a whole number from 0 to 2^64 - 1, without quotes.')
     return {
         "text": text.strip(),

@@ -12,6 +12,7 @@ from typing import Any
 
 from .adapters import EXPERTS, Adapter, existing, open_adapter
 from .errors import T3Error
+from .plan import Grid
 from .plan_choice import carried_plan
 from .weights import Identity, identify, known_config, open_weights, read_metadata
 from .weights.identity import require
@@ -73,6 +74,10 @@ class Sources:
     def pixels_per_token(self) -> int:
         """Height and width of the square of pixels that one token stands for."""
         return self.vae.get("scale_factor_spatial", 8) * self.transformer["patch_size"][1]
+
+    def latent_bytes(self, grid: Grid) -> int:
+        """The size of a clip's latents `[1, C, T, H, W]` in a file, in float32."""
+        return 4 * self.latent_channels * grid.tokens * self.transformer["patch_size"][1] ** 2
 
     @property
     def parameters(self) -> int:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 _FORMATS = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov"}
+SUFFIXES = tuple(_FORMATS)
 _ENCODERS = {"h264": "libx264", "h265": "libx265"}
 # Visually lossless for most material. x265 reaches equal quality at a somewhat higher number.
 _CRF = {"h264": 17, "h265": 19}

@@ -263,7 +263,21 @@ BAD = {
     "no steps": (["--steps", "0"], "--steps is 0"),
     "two ways to save memory": (["--memory", "lean", "--attention-memory", "2"], "leave --memory lean out"),
     "cfg below 1": (["--cfg", "0.5"], "--cfg is 0.5"),
+    "cfg that is no number": (["--cfg", "nan"], "--cfg is nan"),
+    "cfg without end": (["--cfg", "inf"], "--cfg is inf"),
+    "shift without end": (["--shift", "inf"], "--shift is inf"),
+    "memory that is no number": (["--attention-memory", "nan"], "--attention-memory is nan"),
     "negative seed": (["--seed", "-1"], "--seed is -1"),
+    "seed too large": (["--seed", str(2**64)], "use 0 to 2\\^64 - 1"),
+    "empty prompt": (["--prompt", " "], "--prompt is empty"),
+    "a file for the clips of many prompts": (
+        ["--prompts", "good.txt", "--out", "new.mkv"],
+        "Name a folder, such as new ",
+    ),
+    "a file for the latents of many prompts": (
+        ["--prompts", "good.txt", "--no-decode", "--latents-out", "new.latent"],
+        "Name a folder, such as new[.]",
+    ),
     "no frame rate": (["--fps", "0"], "frame rate of 0"),
     "crop too large": (["--crop", "400"], "cannot be cropped to 400"),
     "odd size for video": (["--crop", "47"], "47"),
@@ -273,6 +287,7 @@ BAD = {
     "unknown backend": (["--backend", "fastest"], "unknown attention backend 'fastest'"),
     "backend for a GPU": (["--backend", "sage", "--device", "cpu"], "'sage' cannot be used"),
     "no such device": (["--device", "cuda:99"], "cuda:99 cannot be used"),
+    "a device without numbers": (["--device", "meta"], "meta cannot be used"),
     "no such model": (["--model", "no/such/folder", "--prompt", "x"], "no such folder"),
     "unknown hub id": (["--model", "some/model", "--prompt", "x"], "not in the local cache"),
     "nothing to write": (["--no-decode"], "--latents-out"),
@@ -313,6 +328,24 @@ def test_bad_input_is_named_before_anything_is_made(capsys, here, model, tiny_mo
     assert result is None or (result["ok"] is False and result["status"] == 2)
     after = [name for name in files(here) if name != "output"]  # the folder's writability is tried
     assert {name: (here / name).read_bytes() for name in after} == before
+
+
+def test_a_disk_without_room_for_the_latents_is_told_before_sampling(capsys, here, tiny, monkeypatch):
+    """16 channels of 2 x 8 x 12 in float32 are 12,288 bytes: those of a clip, or of all where they are kept."""
+    (here / "two.txt").write_text("one\ntwo\n", encoding="utf-8")
+    many = [*tiny[:-2], "--prompts", "two.txt"]
+
+    def disk(free):
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**6, 10**6, free))
+
+    monkeypatch.setattr(pipeline.Engine, "load", lambda *_: pytest.fail("a model was loaded"))
+    for arguments, needed in ((tiny, 12_288), (many, 12_288), ([*many, "--latents-out", "kept"], 2 * 12_288)):
+        disk(needed - 1)
+        status, _, err = run(capsys, *arguments)
+        assert status == 2 and f"needs about {needed / 1024:.1f} KiB" in err
+        disk(needed)
+        with pytest.raises(pytest.fail.Exception, match="a model was loaded"):
+            run(capsys, *arguments)
 
 
 def broken_model(model, folder, part, change):

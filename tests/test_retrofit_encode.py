@@ -16,7 +16,7 @@ from t3.retrofit.buckets import NoBucket, choose, parse_size
 from t3.retrofit.clips import BadClip, Clip, inspect_clip, list_clips, read_clip
 from t3.retrofit.command import main
 from t3.retrofit.encode import Encoders
-from t3.retrofit.shards import ShardWriter, open_shards, read_shards
+from t3.retrofit.shards import ShardWriter, check_target, open_shards, read_shards
 
 FRAMES = 9
 SIZE = (32, 48)
@@ -84,6 +84,41 @@ def test_faults_are_skipped_counted_and_named_and_a_second_run_goes_on(videos, m
     assert "2 skipped:" in said
     assert (out / "clips-00000.safetensors").stat().st_mtime_ns == before
     assert open_shards(out).clips[-1].facts.caption == ""
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--fps", "0", "frame rate of 0"),
+        ("--fps", "nan", "nan is no frame rate"),
+        ("--text-tokens", "0", "--text-tokens is 0"),
+        ("--memory", "inf", "--memory is inf GB"),
+        ("--steps", "0", "--steps is 0"),
+        ("--cfg", "nan", "--cfg is nan"),
+        ("--shift", "0", "--shift is 0"),
+        ("--seed", str(2**64), "use 0 to 2^64 - 1"),
+        ("--out", "", "folder has no name"),
+    ],
+)
+def test_numbers_that_cannot_be_are_told_before_anything_is_written(
+    videos, model, tmp_path, capsys, option, value, said
+):
+    assert encode(videos, model, tmp_path / "set", option, value) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_data_set_is_not_put_among_other_files(videos, model, tmp_path, capsys):
+    """A shard in a model's folder would make it one of two sets of weights, of which neither can be told."""
+    before = sorted(videos.iterdir())
+    assert encode(videos, model, videos) == 2
+    assert "is no data set, and holds other files" in capsys.readouterr().err
+    assert sorted(videos.iterdir()) == before
+    # What a killed run left is no stranger.
+    (tmp_path / "set").mkdir()
+    for name in ("clips-00000.safetensors", "empty-text.safetensors", ".index.json.claim"):
+        (tmp_path / "set" / name).touch()
+    check_target(tmp_path / "set")
 
 
 def test_an_interrupted_encode_keeps_what_was_done(videos, model, tmp_path, monkeypatch):

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..cli import quiet_libraries, say
+from ..cli import check_sampling, quiet_libraries, say
 from ..errors import T3Error
 from ..parallel import faults
 from ..parallel.world import World
+from ..prompts import SEED_LIMIT, read_prompts
+from ..video import frame_rate
 from .buckets import check_buckets, parse_size
 from .clips import list_clips
 from .config import CONDITIONS, NONE
-from .shards import ENDS, FIRST
+from .shards import ENDS, FIRST, check_target
 
 if TYPE_CHECKING:
     from ..sources import Sources
@@ -40,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, metavar="FOLDER", help="the data set")
     parser.add_argument("--model", help="diffusers folder or hub id; its VAE and text encoder are used")
     for part in ("dit", "vae", "text-encoder", "tokenizer", "image-encoder"):
-        parser.add_argument(f"--{part}", metavar="FILE", help="as in t3.generate, in place of --model")
+        parser.add_argument(f"--{part}", metavar="PATH", help="as in t3.generate, in place of --model")
     parser.add_argument("--size", action="append", metavar="HxW", help="a bucket, repeatable (default 480x832)")
     parser.add_argument("--frames", action="append", type=int, help="a length, repeatable (default 81)")
     parser.add_argument(
@@ -72,6 +75,10 @@ def encode(args: argparse.Namespace, world: World) -> int:
     """Encode or sample. 0 with at least one clip in the data set; raises `T3Error` otherwise."""
     if (args.clips is None) == (args.own_samples is None):
         raise T3Error("give either a list of clips, or --own-samples with a file of prompts.")
+    if args.clips is not None and not args.clips:
+        raise T3Error("the name of the clips is empty. Give a folder of clips, a .csv, a .jsonl or a .json.")
+    _check_numbers(args)
+    check_target(args.out)
     clips = list_clips(args.clips) if args.clips else []
     quiet_libraries()
     from ..jobs import Options
@@ -124,6 +131,16 @@ def encode(args: argparse.Namespace, world: World) -> int:
     return 0
 
 
+def _check_numbers(args: argparse.Namespace) -> None:
+    check_sampling(args)
+    if args.fps is not None:
+        frame_rate(args.fps)
+    if args.text_tokens < 1:
+        raise T3Error(f"--text-tokens is {args.text_tokens}; use at least 1. Wan's models were trained with 512.")
+    if args.memory is not None and not 0 < args.memory < math.inf:
+        raise T3Error(f"--memory is {args.memory:g} GB; use more than 0.")
+
+
 def _conditions(asked: Sequence[str] | None, sources: Sources) -> tuple[str, ...]:
     """For which conditions latents are kept: those asked for, or what this kind of model always takes."""
     from .conditioning import Conditioning
@@ -172,11 +189,10 @@ def _own_clips(args: argparse.Namespace, sources: Sources, asked: Any) -> dict[s
     from ..generate import NEGATIVE_PROMPT
     from ..images import check_images
     from ..jobs import Clip
-    from ..prompts import read_prompts
 
     clips, (height, width) = {}, asked.sizes[0]
     for number, prompt in enumerate(read_prompts(Path(args.own_samples))):
-        seed = args.seed + number if prompt.seed is None else prompt.seed
+        seed = (args.seed + number) % SEED_LIMIT if prompt.seed is None else prompt.seed
         negative = NEGATIVE_PROMPT if prompt.negative is None else prompt.negative
         images = prompt.image, prompt.last_image
         clips[prompt.name] = Clip(

@@ -29,7 +29,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import T3Error
 from ..files import atomic_path
-from .folder import INDEX, VERSION, WriterLock, json_text, read_greys, read_index, size_name, write_greys, write_index
+from .folder import (
+    GREY,
+    INDEX,
+    VERSION,
+    WriterLock,
+    json_text,
+    read_greys,
+    read_index,
+    size_name,
+    write_greys,
+    write_index,
+)
 from .tables import unknown
 
 if TYPE_CHECKING:
@@ -73,6 +84,22 @@ class Encoded(NamedTuple):
     text: torch.Tensor
     facts: ClipFacts
     given: Mapping[str, torch.Tensor]
+
+
+def check_target(folder: str | Path) -> None:
+    """Raise `T3Error` where a new data set would be put among other files, such as a model's or the clips."""
+    place = Path(folder)
+    if not str(folder).strip():
+        raise T3Error("the data set's folder has no name. Give one, such as data/480p.")
+    if not place.is_dir() or (place / INDEX).exists():
+        return
+    for entry in sorted(place.iterdir()):
+        # A run that was killed before its first index leaves these behind.
+        if not any(entry.match(own) for own in (".*", "clips-*.safetensors", EMPTY_TEXT, GREY)):
+            raise T3Error(
+                f"{place} is no data set, and holds other files ({entry.name}). Name a folder of its own, such as "
+                f"{place / 'encoded'}."
+            )
 
 
 class ShardWriter:
