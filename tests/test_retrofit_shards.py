@@ -28,6 +28,23 @@ sys.stdin.read()
 """
 
 
+def test_a_full_disk_is_told_and_what_was_written_counts(tmp_path):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    writer = ShardWriter(tmp_path / "set")
+    add(writer, "0")
+    writer.flush()
+    add(writer, "1", 1.0)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))
+        with pytest.raises(T3Error, match="clips-00001.safetensors could not be written .*run the same command again"):
+            writer.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [clip.facts.source for clip in open_shards(tmp_path / "set").clips] == ["0"]
+    assert not list((tmp_path / "set").glob(".*"))
+
+
 def add(writer, source, value=0.0, caption="a dot"):
     writer.add(
         torch.full(SHAPE, value),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,21 @@ def _release(claim: Claim) -> None:
         claim.__exit__()
 
 
+@contextlib.contextmanager
+def told(file: Path) -> Iterator[None]:
+    """Raise `T3Error` where the disk does not take a file of a data set."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise T3Error(
+            f"{file} could not be written ({reason}). Free space on that disk and run the same command again: it goes "
+            "on where this one stopped."
+        ) from error
+
+
 def json_text(value: Any, indent: int | None = None) -> str:
     """JSON that UTF-8 can hold, with characters as they are: halves of characters, as `\\ud83d`, are escaped."""
     text = json.dumps(value, ensure_ascii=False, indent=indent)
@@ -71,7 +87,7 @@ def json_text(value: Any, indent: int | None = None) -> str:
 
 def write_index(folder: Path, index: Mapping[str, Any]) -> None:
     """Put a data set's index in place of the one before."""
-    with atomic_path(folder / INDEX, overwrite=True) as temp:
+    with told(folder / INDEX), atomic_path(folder / INDEX, overwrite=True) as temp:
         temp.write_text(json_text(index, indent=1) + "\n", encoding="utf-8")
 
 
@@ -110,5 +126,5 @@ def write_greys(folder: Path, latents: Mapping[str, torch.Tensor]) -> None:
     """Put latents of grey clips, as `read_greys` gives them, in place of those before."""
     from safetensors.torch import save_file
 
-    with atomic_path(folder / GREY, overwrite=True) as temp:
+    with told(folder / GREY), atomic_path(folder / GREY, overwrite=True) as temp:
         save_file(dict(latents), temp)

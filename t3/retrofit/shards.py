@@ -38,6 +38,7 @@ from .folder import (
     read_greys,
     read_index,
     size_name,
+    told,
     write_greys,
     write_index,
 )
@@ -193,7 +194,8 @@ class ShardWriter:
         from safetensors.torch import save_file
 
         self._lock.check()
-        with atomic_path(self.folder / EMPTY_TEXT, overwrite=True) as temp:
+        file = self.folder / EMPTY_TEXT
+        with told(file), atomic_path(file, overwrite=True) as temp:
             save_file({"text": _half(text, "the empty caption", "text")}, temp)
 
     def lacks_grey(self, shape: Sequence[int]) -> bool:
@@ -215,7 +217,6 @@ class ShardWriter:
         write_index(self.folder, self.index)
 
     def _write_shard(self) -> None:
-        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         tensors, clips = {}, []
@@ -224,11 +225,8 @@ class ShardWriter:
             clips.append(asdict(clip.facts))
         file = self.folder / f"clips-{len(self.index['shards']):05}.safetensors"
         # A shard of this name that no index lists is the rest of a run that was killed between the two writes.
-        with atomic_path(file, overwrite=True) as temp:
-            try:
-                save_file(tensors, temp, metadata={"clips": json_text(clips)})
-            except SafetensorError as error:
-                raise OSError(f"{file} could not be written: {error}") from error
+        with told(file), atomic_path(file, overwrite=True) as temp:
+            save_file(tensors, temp, metadata={"clips": json_text(clips)})
         shapes = [{name: list(tensor.shape) for name, tensor in _tensors(c).items()} for c in self._clips]
         listed = [{**facts, **shape} for facts, shape in zip(clips, shapes, strict=True)]
         self.index["shards"].append({"file": file.name, "clips": listed})
