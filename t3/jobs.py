@@ -260,7 +260,8 @@ def _run(
         with watch.stage("sample"):
             latents = engine.sample(job.clip)
         if not job.latents:
-            stored = _rescue_path(job, metadata)  # another process may have taken the name meanwhile
+            # Another process may have taken the name meanwhile, with these very latents too, which it will remove.
+            stored = _rescue_path(job, metadata if args.overwrite else None)
         save_latents(stored, latents, metadata=metadata, overwrite=args.overwrite)
     else:
         say(f"{job.name}: sampled before with the same settings; using {stored}")
@@ -308,12 +309,13 @@ def with_progress(pieces: Iterable, total: int) -> Iterator:
             bar.update(len(piece))
 
 
-def _rescue_path(job: Job, metadata: dict[str, Any]) -> Path:
-    """Where a clip's latents wait for its decode: beside it, under a name that is free or holds these very latents."""
+def _rescue_path(job: Job, metadata: dict[str, Any] | None = None) -> Path:
+    """Where a clip's latents wait for its decode: beside it, under a name that is free or, where their `metadata` are
+    given, holds these very latents."""
     assert job.out is not None
     path = job.out.with_name(job.out.stem + LATENTS_SUFFIX)
     number = 1
-    while path.exists() and not _holds(path, metadata):
+    while path.exists() and not (metadata and _holds(path, metadata)):
         number += 1
         path = job.out.with_name(f"{job.out.stem}-{number}{LATENTS_SUFFIX}")
     return path

@@ -31,14 +31,14 @@ def no_decode(patch):
     patch.setattr(jobs, "_frames", lambda *a: (_ for _ in ()).throw(OSError("disk")))
 
 
-def meanwhile(patch, *paths):
+def meanwhile(patch, *paths, content=b"somebody else's"):
     """Let another process write these files while a clip is sampled."""
     sample = Engine.sample
 
     def and_write(self, clip):
         latents = sample(self, clip)
         for path in paths:
-            path.write_bytes(b"somebody else's")
+            path.write_bytes(content)
         return latents
 
     patch.setattr(Engine, "sample", and_write)
@@ -104,6 +104,20 @@ def test_latents_are_kept_though_their_name_is_taken_while_they_are_sampled(caps
     assert status == 1 and "the latents are in" in err
     assert files(here) == ["clip-2.latent", "clip.latent"]
     assert load_latents("clip-2.latent")[0].shape == (1, 16, 2, 8, 12)
+
+
+def test_the_same_latents_of_another_process_do_not_cost_those_sampled_here(capsys, here, tiny, monkeypatch):
+    """Two runs of one command: the other's latents go with its decode, so this one's need a name of their own."""
+    with monkeypatch.context() as patch:
+        no_decode(patch)
+        run(capsys, *tiny, "--out", "clip.mp4")
+    same = (here / "clip.latent").read_bytes()
+    (here / "clip.latent").unlink()
+    no_decode(monkeypatch)
+    meanwhile(monkeypatch, here / "clip.latent", content=same)
+    status, _, err = run(capsys, *tiny, "--out", "clip.mp4")
+    assert status == 1 and "the latents are in clip-2.latent" in err
+    assert load_latents("clip-2.latent")[0].equal(load_latents("clip.latent")[0])
 
 
 def test_somebody_else_s_clip_under_the_name_of_one_prompt_is_no_success(capsys, here, tiny, monkeypatch):
