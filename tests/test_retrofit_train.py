@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from t3 import Plan
+from t3.claims import take
 from t3.processor import install_t3
 from t3.retrofit import checkpoint
 from t3.retrofit.command import main
@@ -275,6 +276,20 @@ def test_steps_lower_the_loss_on_a_fixed_batch(run, base):
     assert status == 0
     losses = [float(row["loss"]) for row in rows(folder, "metrics")]
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_folder_has_one_run_at_a_time(run, base, capsys, request):
+    """The one that goes on after a first that is still at work is refused; a claim goes with its run."""
+    folder = base / f"{request.node.name}-run"
+    claim = take(folder / "config.toml")
+    before = sorted(folder.iterdir())
+    assert run("run", "--resume")[0] == 2
+    said = capsys.readouterr().err
+    assert f"is in use by {claim.holder}" in said and "name another [output] folder" in said
+    assert sorted(folder.iterdir()) == before
+    claim.release()
+    assert run("run", "--resume", schedule={"steps": 1})[0] == 0
+    assert not list(folder.glob(".*"))
 
 
 def test_a_run_in_the_way_is_not_overwritten(run, capsys):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..claims import Claim, claim_path, holder_at, take
 from ..cli import BAD_INPUT, let_segments_grow, quiet_libraries, run, say
 from ..errors import T3Error
 from ..files import check_output
@@ -84,23 +86,36 @@ def train(args: argparse.Namespace, started: float) -> int:
         for note in (*model.describe(found, clips), *clips.notes, *model.check_grids(found, clips)):
             say(note)
     check_output(folder / CONFIG, overwrite=True)
-    session = start(config, found, clips, accelerator)
-    from .loop import Loop
+    with _claimed(folder) if accelerator.is_main_process else contextlib.nullcontext():
+        session = start(config, found, clips, accelerator)
+        from .loop import Loop
 
-    loop = Loop(session, folder, started)
-    if resumed is not None:
-        loop.restore(resumed)
-        session.say(f"going on from {resumed}")
-    if session.main:
-        text = Path(args.config).read_text(encoding="utf-8-sig")
-        text += "".join(f"# --set {change}\n" for change in args.set)
-        (folder / CONFIG).write_text(text, encoding="utf-8")
-    status = loop.run()
+        loop = Loop(session, folder, started)
+        if resumed is not None:
+            loop.restore(resumed)
+            session.say(f"going on from {resumed}")
+        if session.main:
+            text = Path(args.config).read_text(encoding="utf-8-sig")
+            text += "".join(f"# --set {change}\n" for change in args.set)
+            (folder / CONFIG).write_text(text, encoding="utf-8")
+        status = loop.run()
     if accelerator.num_processes > 1:
         accelerator.end_training()
         # All is on disk. Threads of the processes' group that outlive it abort an interpreter that ends, now and then.
         leave(status)
     return status
+
+
+def _claimed(folder: Path) -> Claim:
+    """The output folder for this run alone, until its `with` block ends. Raises `T3Error` where another has it."""
+    claim = take(folder / CONFIG, tell=lambda text: say(f"{folder}: {text}"))
+    if claim is None:
+        path = claim_path(folder / CONFIG)
+        raise T3Error(
+            f"{folder} is in use by {holder_at(path) or 'another process'}, and two runs would mix up their files. "
+            f"Wait until it ends, or name another [output] folder. If that process is gone, remove {path}."
+        )
+    return claim
 
 
 def _check_folder(folder: Path, resume: bool, dry_run: bool) -> Path | None:
