@@ -285,6 +285,8 @@ def test_the_command_explains_per_window(capsys):
     assert "sdpa-math" in out and "auto for windows of 2,142 tokens takes" in out
     assert __main__.main(["--window", "0"]) == 2
     assert "0 is no number of tokens" in capsys.readouterr().err
+    assert __main__.main(["--out", "times.json"]) == 2
+    assert "is for what --measure finds" in capsys.readouterr().err
 
 
 def test_the_command_measures_and_keeps(timer, capsys, tmp_path, machine):

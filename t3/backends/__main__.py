@@ -71,6 +71,9 @@ def main(arguments: list[str] | None = None) -> int:
     if wrong := [n for n in (*options.window, options.head_dim) if n < 1]:
         print(f"error: {wrong[0]} is no number of tokens or channels; give at least 1.", file=sys.stderr)
         return 2
+    if options.out and not options.measure:
+        print(f"error: --out {options.out} is for what --measure finds; give both, or neither.", file=sys.stderr)
+        return 2
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     situation = Situation(device, DTYPES[options.dtype], options.head_dim)
     try:
