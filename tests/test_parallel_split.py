@@ -83,6 +83,7 @@ def test_what_is_asked_for_is_taken():
     [
         ("sequence=2", 4, TASK, "start 2"),
         ("sequence=5", 5, TASK, "Nearest: sequence=6"),
+        ("sequence=6", 6, Task(12, 5), "Nearest: sequence=4"),  # one token each at least
         ("guidance=3", 3, TASK, "guidance=2"),
         ("guidance=2", 2, Task(12, TOKENS, guided=False), "guidance=1"),
         ("data=4", 4, Task(12, TOKENS, clips=3), "use data=3"),
