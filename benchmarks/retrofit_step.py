@@ -82,8 +82,7 @@ def measure(session, loop, times: int) -> dict[str, float]:
 
     def update():
         session.accelerator.clip_grad_norm_(session.parameters, session.config.train.clip)
-        for optimizer in session.optimizers:
-            optimizer.step()
+        session.update_weights()
         if session.average is not None:
             session.average.update(1000)
 

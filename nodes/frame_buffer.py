@@ -16,6 +16,7 @@ import psutil
 import torch
 
 from ..t3.errors import T3Error
+from ..t3.files import reason
 
 # Frames may take this part of the main memory that is free: the decoder, the encoder and other programs need some.
 _SHARE = 0.5
@@ -75,7 +76,7 @@ def _mapped(size: int, free: int) -> torch.Tensor:
     except (OSError, ValueError) as error:
         raise T3Error(
             f"the decoded frames take {size / 1e9:,.1f} GB; {free / 1e9:,.1f} GB of memory are free, and a file in "
-            f"{folder} could not be made ({getattr(error, 'strerror', None) or error}). Free memory or disk space, "
+            f"{folder} could not be made ({reason(error)}). Free memory or disk space, "
             "choose bit_depth 8, or decode fewer frames."
         ) from error
 

@@ -117,6 +117,20 @@ def take(output: Path, *, stale: float = STALE_SECONDS, tell: Callable[[str], ob
         draft.unlink(missing_ok=True)
 
 
+def take_folder(mark: Path, state: str, way: str) -> Claim:
+    """Claim a folder by the file that tells what is in it, for one process alone.
+
+    Raises `T3Error` where another has it, or no file can be put: the folder `state` (such as "is in use by") that
+    process, `way`.
+    """
+    claim = take(mark, tell=lambda text: say(f"{mark.parent}: {text}"))
+    if claim is None:
+        path = claim_path(mark)
+        who = holder_at(path) or "another process"
+        raise T3Error(f"{mark.parent} {state} {who}, {way} If that process is gone, remove {path}.")
+    return claim
+
+
 def clear(output: Path, *, stale: float = STALE_SECONDS) -> None:
     """Remove the claim on a finished output unless somebody has it: who made it may have died before giving it back.
 

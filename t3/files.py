@@ -36,7 +36,7 @@ def check_output(path: str | os.PathLike[str], overwrite: bool = False, need_byt
     try:
         exists, folder = _exists(final), final.is_dir()
     except (OSError, ValueError) as error:
-        raise T3Error(f"{final} cannot be an output file ({_reason(error)}). Choose another path.") from error
+        raise T3Error(f"{final} cannot be an output file ({reason(error)}). Choose another path.") from error
     if folder:
         raise T3Error(f"{final} is a folder, and a file is to be written. Name a file in it: {final / 'name.ext'}")
     if exists and not overwrite:
@@ -65,7 +65,7 @@ def check_output_folder(
     except (OSError, ValueError) as error:
         if isinstance(error, T3Error):
             raise
-        raise T3Error(f"{final} cannot be an output folder ({_reason(error)}). Choose another path.") from error
+        raise T3Error(f"{final} cannot be an output folder ({reason(error)}). Choose another path.") from error
     _check_writable(final, need_bytes)
     return final
 
@@ -137,7 +137,7 @@ def around_marks(file: Path, begin: str, end: str, what: str) -> tuple[str, str]
     try:
         content = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise T3Error(f"{file} cannot be read: {_reason(error)}.") from None
+        raise T3Error(f"{file} cannot be read: {reason(error)}.") from None
     before, first, rest = content.partition(begin)
     _, last, after = rest.partition(end)
     if not first or not last:
@@ -188,7 +188,8 @@ def _temporary(final: Path) -> Path:
     return final.with_name(f".{final.stem[:40]}.partial-{os.getpid()}-{secrets.token_hex(4)}{final.suffix}")
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
+    """Why something with a file failed, in the system's words where there are any."""
     return getattr(error, "strerror", None) or str(error)
 
 
@@ -204,7 +205,7 @@ def _check_writable(final: Path, need_bytes: int | None) -> None:
         free = shutil.disk_usage(folder).free
     except (OSError, ValueError) as error:
         raise T3Error(
-            f"{final} cannot be written: {_reason(error)} in the folder {folder}. "
+            f"{final} cannot be written: {reason(error)} in the folder {folder}. "
             "Choose a folder you may write to, or change its permissions."
         ) from error
     if need_bytes is not None and free < need_bytes:
@@ -256,7 +257,7 @@ def _sync(file: Path) -> None:
             os.fsync(handle.fileno())
     except OSError as error:
         raise T3Error(
-            f"{file.parent} did not take the whole output ({_reason(error)}). "
+            f"{file.parent} did not take the whole output ({reason(error)}). "
             "Check the free space of that disk, or write to another one."
         ) from error
 
@@ -267,7 +268,7 @@ def _publish(temp: Path, final: Path, rename) -> None:
         rename(temp, final)
     except (OSError, T3Error) as error:
         kept = _keep(temp, final)
-        why = str(error) if isinstance(error, T3Error) else f"{final} could not be put in place ({_reason(error)})."
+        why = str(error) if isinstance(error, T3Error) else f"{final} could not be put in place ({reason(error)})."
         raise T3Error(f"{why} The finished output is kept as {kept}") from error
     _sync_folder(final.parent)
 

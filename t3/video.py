@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from .audio import Audio, AudioTrack
 from .errors import T3Error
-from .files import atomic_folder, atomic_path, check_output, check_output_folder
+from .files import atomic_folder, atomic_path, check_output, check_output_folder, reason
 
 if TYPE_CHECKING:
     import numpy
@@ -211,10 +211,9 @@ class _Writer:
         try:
             yield
         except (OSError, av.error.FFmpegError) as error:
-            why = getattr(error, "strerror", None) or str(error)
             raise T3Error(
-                f"Writing {self.path} failed after {self.frames_written} frames: {why}. Nothing was put there. "
-                "Check the free space of that disk, or write to another one."
+                f"Writing {self.path} failed after {self.frames_written} frames: {reason(error)}. Nothing was put "
+                "there. Check the free space of that disk, or write to another one."
             ) from error
 
     def _named(self, path: str | os.PathLike[str]) -> str:

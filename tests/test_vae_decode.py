@@ -5,7 +5,17 @@ import threading
 
 import pytest
 import torch
-from vae_fixtures import NAMES, SCALE, Peak, as_frames, off, random_latents, small_decoder
+from vae_fixtures import (
+    NAMES,
+    SCALE,
+    Peak,
+    as_frames,
+    fail_once_in_middle,
+    off,
+    out_of_memory,
+    random_latents,
+    small_decoder,
+)
 from vae_fixtures import one_thread as one_thread
 
 from t3.errors import T3Error
@@ -116,7 +126,7 @@ def test_cancel_at_any_time(decoder, name, call):
     assert peak.left == 0
 
 
-def fail(monkeypatch, when, error=lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")):
+def fail(monkeypatch, when, error=out_of_memory):
     """Let memory run out while decoding tiles larger than `when` latents. Gives the cores that were begun."""
     begun, plain = [], WanDecoder.pixels
 
@@ -136,7 +146,7 @@ def fail(monkeypatch, when, error=lambda: torch.OutOfMemoryError("CUDA out of me
 @pytest.mark.parametrize(
     "error",
     [
-        lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB"),
+        out_of_memory,
         lambda: RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
         lambda: RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"),
         MemoryError,
@@ -178,15 +188,7 @@ def test_finished_tiles_are_kept(monkeypatch, decoder, name):
 def test_out_of_memory_in_the_middle_stage(monkeypatch, decoder, name):
     latents = random_latents(name, 3, 2, 3)
     wanted = decode_frames(decoder, latents)
-    plain, scores, told, calls = WanDecoder.middle, [], [], []
-
-    def middle(self, latent, past, memory):
-        scores.append(memory)
-        if len(scores) == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
-        return plain(self, latent, past, memory)
-
-    monkeypatch.setattr(WanDecoder, "middle", middle)
+    scores, told, calls = fail_once_in_middle(monkeypatch, WanDecoder), [], []
     found = decode_frames(decoder, latents, say=told.append, progress=lambda *call: calls.append(call))
     assert off(found, wanted) < 1e-13
     assert len(told) == 1 and "in the middle stage" in told[0]

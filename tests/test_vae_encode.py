@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
-from vae_fixtures import NAMES, SCALE, Peak, config, off, random_state
+from vae_fixtures import NAMES, SCALE, Peak, config, fail_once_in_middle, off, out_of_memory, random_state
 from vae_fixtures import one_thread as one_thread
 
 from t3.errors import T3Error
@@ -205,10 +205,6 @@ def test_cancel_at_any_time(name, encoder, call):
     assert peak.left == 0
 
 
-def out_of_memory():
-    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
-
-
 def fail(monkeypatch, when, error=out_of_memory):
     """Let memory run out half way through tiles larger than `when` latents. Gives the areas of those begun."""
     begun, plain = [], WanEncoder.features
@@ -261,15 +257,7 @@ def test_finished_tiles_are_kept(monkeypatch, name, encoder):
 def test_out_of_memory_in_the_middle_stage(monkeypatch, name, encoder):
     frames = random_frames(name, 5, 2, 3)
     wanted = encode_frames(encoder, frames)
-    plain, scores, told, calls = WanEncoder.middle, [], [], []
-
-    def middle(self, x, past, memory):
-        scores.append(memory)
-        if len(scores) == 2:
-            raise out_of_memory()
-        return plain(self, x, past, memory)
-
-    monkeypatch.setattr(WanEncoder, "middle", middle)
+    scores, told, calls = fail_once_in_middle(monkeypatch, WanEncoder), [], []
     found = encode_frames(encoder, frames, say=told.append, progress=lambda *call: calls.append(call))
     assert off(found, wanted) < 1e-13
     assert len(told) == 1 and "in the middle stage" in told[0]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from vae_fixtures import NAMES, SCALE, as_frames, off, random_latents, random_state
+from vae_fixtures import NAMES, SCALE, as_frames, off, out_of_memory, random_latents, random_state
 from vae_fixtures import one_thread as one_thread
 
 from t3.errors import T3Error
@@ -61,7 +61,7 @@ def test_no_room_for_the_middle_stages_input(monkeypatch, name, failures):
             if "memory_format" in options:
                 made.append(options["device"])
                 if len(made) in (2, 4)[:failures]:
-                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+                    raise out_of_memory()
             return plain(*shape, **options)
 
     monkeypatch.setattr(encode, "torch", Torch())

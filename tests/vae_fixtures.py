@@ -68,6 +68,25 @@ def off(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found.double() - wanted.double()).abs().max() / wanted.double().abs().max())
 
 
+def out_of_memory() -> Exception:
+    """What torch raises on a card."""
+    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+
+def fail_once_in_middle(monkeypatch, kind: type) -> list[int]:
+    """Let memory run out in the second call of a coder's middle stage. Gives the bytes for scores of every call."""
+    scores, plain = [], kind.middle
+
+    def middle(self, x, past, memory):
+        scores.append(memory)
+        if len(scores) == 2:
+            raise out_of_memory()
+        return plain(self, x, past, memory)
+
+    monkeypatch.setattr(kind, "middle", middle)
+    return scores
+
+
 class Peak:
     """Main memory that torch takes inside, in bytes: `most` at one time, and what of it is `left` at the end."""
 

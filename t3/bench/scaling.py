@@ -95,7 +95,7 @@ class Measured:
     def _add(self, run: Measured) -> None:
         """What one run holds, with the ratios within it."""
         for name, seconds in run.forward.items():
-            self.forward[name] = min(seconds, self.forward.get(name, seconds))
+            _keep_least(self.forward, name, seconds)
         alone = {(name, 1): seconds for name, seconds in run.forward.items()}
         pair = {key: 2 * seconds for key, seconds in alone.items()}
         for kind, ones in (("sequence", alone), ("guidance", pair), ("decode", run.decode), ("encode", run.encode)):
@@ -126,8 +126,7 @@ class Measured:
         # One GPU's time is that of the tile which it takes by itself; the other is there to compare pixels with.
         if row.get("row") == "one rank, the same tile":
             return
-        kept = {"decode": self.decode, "encode": self.encode}[work]
-        kept[vae, row["ranks"]] = min(row["seconds"], kept.get((vae, row["ranks"]), row["seconds"]))
+        _keep_least({"decode": self.decode, "encode": self.encode}[work], (vae, row["ranks"]), row["seconds"])
 
     def _take_batch(self, runs: list[dict[str, Any]], options: dict[str, Any]) -> None:
         if options.get("tiny"):
@@ -145,12 +144,15 @@ class Measured:
         if row.get("tokens", tokens) != tokens:
             raise ValueError(f"{model} at {row['tokens']:,} tokens, not {tokens:,}")
         if case == "alone":
-            self.forward[model] = min(seconds, self.forward.get(model, seconds))
+            _keep_least(self.forward, model, seconds)
         elif case in ("sequence", "guidance"):
-            kept = getattr(self, case)
-            kept[model, ranks] = min(seconds, kept.get((model, ranks), seconds))
+            _keep_least(getattr(self, case), (model, ranks), seconds)
         elif case in ("all-to-all", "exchange"):
             self.bandwidth = max(self.bandwidth or 0.0, row["gb_per_s"] * 1e9)
+
+
+def _keep_least(kept: dict[Any, float], key: Any, seconds: float) -> None:
+    kept[key] = min(seconds, kept.get(key, seconds))
 
 
 def models(measured: Measured) -> list[Model]:

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ..errors import T3Error
-from ..files import atomic_folder
+from ..files import atomic_folder, reason
 from . import optimizer_state
 from .ema import Average
 
@@ -79,7 +79,7 @@ def save(run: Path, step: int, parts: dict[str, Tensors], state: dict[str, Any],
                 save_file({key: value.contiguous() for key, value in tensors.items()}, folder / f"{name}.safetensors")
             (folder / STATE).write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
     except (OSError, SafetensorError, T3Error) as error:
-        raise NotSaved(getattr(error, "strerror", None) or str(error)) from error
+        raise NotSaved(reason(error)) from error
     for old in listed(run)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final

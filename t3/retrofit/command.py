@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..claims import Claim, claim_path, holder_at, take
+from ..claims import Claim, take_folder
 from ..cli import BAD_INPUT, let_segments_grow, quiet_libraries, run, say
 from ..errors import T3Error
 from ..files import check_output
@@ -108,14 +108,11 @@ def train(args: argparse.Namespace, started: float) -> int:
 
 def _claimed(folder: Path) -> Claim:
     """The output folder for this run alone, until its `with` block ends. Raises `T3Error` where another has it."""
-    claim = take(folder / CONFIG, tell=lambda text: say(f"{folder}: {text}"))
-    if claim is None:
-        path = claim_path(folder / CONFIG)
-        raise T3Error(
-            f"{folder} is in use by {holder_at(path) or 'another process'}, and two runs would mix up their files. "
-            f"Wait until it ends, or name another [output] folder. If that process is gone, remove {path}."
-        )
-    return claim
+    return take_folder(
+        folder / CONFIG,
+        "is in use by",
+        "and two runs would mix up their files. Wait until it ends, or name another [output] folder.",
+    )
 
 
 def _check_folder(folder: Path, resume: bool, dry_run: bool) -> Path | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import T3Error
+from ..files import reason
 from .shards import ENDS, FIRST
 from .tables import build, choice, number, unknown, words
 
@@ -259,8 +260,7 @@ def read_config(path: str | Path, changes: Sequence[str] = ()) -> Config:
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise T3Error(f"{file} cannot be read: {reason}. List the shipped ones with `recipes`.") from None
+        raise T3Error(f"{file} cannot be read: {reason(error)}. List the shipped ones with `recipes`.") from None
     try:
         return parse_config(text, changes)
     except T3Error as error:

@@ -10,10 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..claims import Claim, claim_path, holder_at, take
-from ..cli import say
+from ..claims import Claim, holder_at, take_folder
 from ..errors import T3Error
-from ..files import atomic_path
+from ..files import atomic_path, reason
 
 if TYPE_CHECKING:
     import torch
@@ -33,14 +32,11 @@ class WriterLock:
     def __init__(self, folder: Path) -> None:
         """Make the folder if need be. Raises `T3Error` where another writer has it, or no file can be put."""
         self.folder = folder
-        claim = take(folder / INDEX, tell=lambda text: say(f"{folder}: {text}"))
-        if claim is None:
-            path = claim_path(folder / INDEX)
-            who = holder_at(path) or "another process"
-            raise T3Error(
-                f"{folder} is open for writing by {who}, and two writers would mix up their clips. Wait until it is "
-                f"closed, or name another folder. If that process is gone, remove {path}."
-            )
+        claim = take_folder(
+            folder / INDEX,
+            "is open for writing by",
+            "and two writers would mix up their clips. Wait until it is closed, or name another folder.",
+        )
         self._claim = claim.__enter__()
         # Also when nobody closes the writer: it may be opened without a `with` block.
         self.release = weakref.finalize(self, _release, claim)
@@ -71,10 +67,9 @@ def told(file: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
         raise T3Error(
-            f"{file} could not be written ({reason}). Free space on that disk and run the same command again: it goes "
-            "on where this one stopped."
+            f"{file} could not be written ({reason(error)}). Free space on that disk and run the same command again: "
+            "it goes on where this one stopped."
         ) from error
 
 

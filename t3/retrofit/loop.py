@@ -159,8 +159,7 @@ class Loop:
                 self.backward(batch, stage)
         if train.clip:
             self.log.norm(session.accelerator.clip_grad_norm_(session.parameters, train.clip))
-        for optimizer in session.optimizers:
-            optimizer.step()
+        session.update_weights()
         session.forget_gradients()
         at.step, at.stage_steps = at.step + 1, at.stage_steps + 1
         self.log.step(rate)

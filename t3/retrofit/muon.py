@@ -12,10 +12,11 @@ import torch
 
 
 class StackedMuon(torch.optim.Muon):
-    """`torch.optim.Muon`, whose arguments and state it has; `step` differs by bfloat16's rounding alone.
+    """`torch.optim.Muon` with steps as long as AdamW's and its state; `step` differs by bfloat16's rounding alone."""
 
-    Parameters are matrices, each whole on its device.
-    """
+    def __init__(self, parameters: list[torch.nn.Parameter], lr: float, weight_decay: float) -> None:
+        """parameters: matrices, each whole on its device."""
+        super().__init__(parameters, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -45,6 +46,7 @@ class StackedMuon(torch.optim.Muon):
         torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
         steps = torch._foreach_lerp(gradients, means, group["momentum"]) if group["nesterov"] else means
         together = orthogonalised(torch.stack(tuple(steps)), group["ns_coefficients"], group["ns_steps"], group["eps"])
+        # As "match_rms_adamw" says.
         rate = group["lr"] * 0.2 * max(parameters[0].shape) ** 0.5
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(weights, list(together.to(parameters[0].dtype).unbind()), alpha=-rate)

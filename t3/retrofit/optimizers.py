@@ -49,7 +49,7 @@ def _muon(parameters: list[torch.nn.Parameter], weight_decay: float) -> torch.op
         )
     from .muon import StackedMuon
 
-    return StackedMuon(parameters, lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    return StackedMuon(parameters, lr=0.0, weight_decay=weight_decay)
 
 
 def _adamw_8bit(groups: list[dict[str, Any]], settings: dict[str, Any]) -> torch.optim.Optimizer:

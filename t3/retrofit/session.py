@@ -66,6 +66,11 @@ class Session:
         """The optimisers themselves, under what `accelerate` made of them."""
         return [optimizer.optimizer for optimizer in self.optimizers]
 
+    def update_weights(self) -> None:
+        """A step of every optimiser."""
+        for optimizer in self.optimizers:
+            optimizer.step()
+
     def forget_gradients(self) -> None:
         """Before the next step."""
         for optimizer in self.optimizers:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import T3Error
-from ..files import atomic_path, check_output
+from ..files import atomic_path, check_output, reason
 from .header import ITEM_BITS, MAX_HEADER_BYTES
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def write_safetensors(
             _write(temp, head, entries)
         except OSError as error:
             raise T3Error(
-                f"{final} could not be written ({error.strerror or error}). Check that disk's free space, or write "
+                f"{final} could not be written ({reason(error)}). Check that disk's free space, or write "
                 "to another one."
             ) from error
     return final
