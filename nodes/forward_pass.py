@@ -90,7 +90,7 @@ def plan_forward_pass(
     # By the host's node, or by another that puts a compiled model in place of the plain one.
     compiled = estimate.is_compiled(options.get("wrappers", {})) or model is not base.diffusion_model
     share = _share(settings, base, model, layout, x, situation.dtype, compiled, say)
-    memory = None if share.heads is None else _memory(model, layout, x, situation.dtype, windowed)
+    memory = None if share.heads is None else _memory(model, layout, x, situation.dtype, windowed, backend)
     found = ForwardPass(layout, partitions, backend, share, memory)
     _tell_global_tokens(layout, windowed, say)
     _tell_little_saving(model, layout, partitions, say)
@@ -179,15 +179,22 @@ def _free_memory(base: Any, device: torch.device) -> int:
     return (of_patcher or comfy.model_management.get_free_memory)(device)
 
 
-def _memory(model, layout: wan.Layout, x: torch.Tensor, dtype: torch.dtype, partitions: list[Partition]) -> int:
+def _memory(
+    model,
+    layout: wan.Layout,
+    x: torch.Tensor,
+    dtype: torch.dtype,
+    partitions: list[Partition],
+    backend: Backend | None,
+) -> int:
     """Bytes that lean attention may work in where it goes step by step."""
-    head = x.shape[0] * wan.head_size(model) * dtype.itemsize
-    tokens = layout.grid.tokens + layout.prefix + (layout.suffix or 0)
-    beside = tokens - layout.grid.tokens
+    beside = layout.prefix + (layout.suffix or 0)
     longest = max(_longest(p, layout.grid) for p in partitions)
-    # What t3_attention needs at least: one window of one head, or one head of the tokens that attend everything.
-    least = (5 * longest + 2 * beside) * head if not beside else 2 * tokens * head
-    return max(LEAN_BYTES, least)
+    # What t3_attention needs at least: one window of one head, more than one head of the tokens that attend everything.
+    least = (5 * longest + 2 * beside) * wan.head_size(model)
+    if backend is not None and backend.scores:
+        least += 2 * max(longest * (longest + beside), beside * (layout.grid.tokens + beside))
+    return max(LEAN_BYTES, x.shape[0] * dtype.itemsize * least)
 
 
 def _tell_global_tokens(layout: wan.Layout, partitions: list[Partition], say: Say) -> None:

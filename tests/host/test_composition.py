@@ -5,6 +5,7 @@ Whatever the order, the result must be the same, must differ from the result wit
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import sys
@@ -280,6 +281,27 @@ def test_cancelled_within_one_block_then_run_again(pack, dit, windowed):
     assert windowed.count == 3, "block 3 must not have attended"
     assert torch.equal(sample(patched, latent), expected)
     assert torch.equal(sample(model, latent), plain)
+
+
+def test_nothing_of_a_pass_outlives_it(pack):
+    """Whatever ended it; a copy on the same weights shares what was said, one of its own does not."""
+    patched, _ = with_t3(pack, host_models.patcher("t2v"))
+    installation = patched.object_patches["diffusion_model.blocks.0.self_attn.forward"].__self__.installation
+    x, text, seen = torch.randn(1, 16, 2, 8, 8), torch.randn(1, 7, 48), []
+
+    def attend(original, *args, **kwargs):
+        seen.append(installation.current)
+        if fails:
+            raise RuntimeError("no more")
+        return original(*args, **kwargs)
+
+    for fails in (False, True):
+        options = {"optimized_attention_override": attend}
+        with pytest.raises(RuntimeError, match="no more") if fails else contextlib.nullcontext():
+            forward(patched, x, text=text, options=options)
+        assert seen[-1] is not None and installation.current is None
+    key = "diffusion_model.blocks.0.self_attn.forward"
+    assert patched.clone().object_patches[key].__self__.installation is installation
 
 
 def test_the_other_branch_and_a_second_sampler(pack, dit):

@@ -162,6 +162,28 @@ def test_condition_and_negative_share_a_batch_only_where_it_pays(pack, model):
     assert estimating.current_patcher is model.model.current_patcher
 
 
+def test_clips_that_are_sampled_together_stay_together(pack, model):
+    estimating = sys.modules[f"{pack.__name__}.nodes.estimate"]._Estimating(model.model, samples=2)
+    assert estimating.memory_required([2, *NOISE_4K[1:]]) < float("inf")
+    assert estimating.memory_required([4, *NOISE_4K[1:]]) == float("inf")
+
+
+@pytest.mark.parametrize("uncounted", [0, 21 * 136 * 240])
+def test_no_more_is_asked_for_than_the_host_would(pack, model, monkeypatch, uncounted):
+    """For as many tokens; it may know of less where a model is of another kind."""
+    estimate = sys.modules[f"{pack.__name__}.nodes.estimate"]
+    monkeypatch.setattr(model.model, "memory_required", lambda *args, **kwargs: 1000.0)
+    assert estimate.memory_required(model.model, NOISE_4K, uncounted=uncounted) == (2000.0 if uncounted else 1000.0)
+
+
+@pytest.mark.parametrize("width", [2, 34, 480])
+def test_the_shape_the_host_is_handed_asks_for_enough(pack, model, width):
+    estimate, seen, shape = sys.modules[f"{pack.__name__}.nodes.estimate"], [], [1, 16, 21, 272, width]
+    estimate.prepare_sampling("fast", lambda patcher, handed, conds: seen.append(handed), model, shape, {})
+    assert seen[0][:-1] == shape[:-1] and 1 <= seen[0][-1] <= width
+    assert model.model.memory_required(seen[0]) >= estimate.memory_required(model.model, shape)
+
+
 def test_the_shared_estimate_never_moves(pack):
     """Asked before, at every point of a patched run that another node can hook, and after."""
     import comfy.patcher_extension

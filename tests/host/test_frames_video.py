@@ -198,6 +198,13 @@ def test_a_trimmed_video_holds_the_frames_that_the_host_takes_of_a_file(ladder, 
     assert frames_of(trimmed).untyped_storage().data_ptr() == frames_of(ladder).untyped_storage().data_ptr()
 
 
+def test_a_time_a_hair_beyond_a_frame_is_that_frame_s(pack):
+    """As of sums of floats: 0.1 + 0.2 seconds, times 30, is a little more than 9."""
+    video = pack.nodes.frames_video.FramesVideo(torch.zeros(15, 16, 16, 3, dtype=torch.uint8), Fraction(30))
+    assert video.as_trimmed(0.1 + 0.2).get_frame_count() == 6
+    assert video.as_trimmed(0, 0.1 + 0.2).get_frame_count() == 9
+
+
 def test_sound_is_trimmed_with_the_frames(ladder):
     full = ladder.get_components().audio["waveform"]
     part = ladder.as_trimmed(0.25, 0.5).get_components().audio

@@ -132,6 +132,18 @@ def test_an_override_by_sageattention_1_is_passed_over_too(pack, monkeypatch, ca
     assert caplog.text.count("attention inside windows is the one chosen by") == (not passed_over)
 
 
+def test_a_backend_is_chosen_for_all_keys_that_a_window_meets(pack, monkeypatch):
+    module = sys.modules[f"{pack.__name__}.nodes.forward_pass"]
+    t3, asked = sys.modules[f"{pack.__name__}.t3"], []
+    choose = module.choose
+    monkeypatch.setattr(module, "choose", lambda name, s: asked.append(s) or choose(name, s))
+    settings, situation = module.Settings(t3.Plan.preset("wan2.1-4k")), module.Situation(X.device, X.dtype, 128)
+    for prefix, suffix in ((0, 0), (2, 4)):
+        layout = module.wan.Layout(t3.Grid(3, 5, 7), prefix, suffix)
+        module._backend(settings, {}, situation, layout, [t3.Partition(1, 5, 2)], print)
+        assert asked[-1].windows == (12 + prefix + suffix, 9 + prefix + suffix)
+
+
 def plan_of_frames(pack):
     from host_runs import plan_of
 

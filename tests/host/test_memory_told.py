@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import host_models
 import pytest
@@ -53,6 +54,25 @@ def needed(t3, model):
     estimate, diffusion_model = t3.nodes.estimate, model.model.diffusion_model
     shape = estimate.block_shape(diffusion_model, 6 * 6 * 6, 1, 4)
     return lambda share, compiled=False: estimate.pass_bytes(diffusion_model, shape, share, compiled) * estimate.MARGIN
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "sdpa-math"])
+@pytest.mark.parametrize(("prefix", "suffix"), [(0, 0), (3, 0), (2, 30)])
+@pytest.mark.parametrize("counts", [(2, 1, 1), (1, 2, 3), (2, 4, 6), (1, 1, 2)])
+def test_what_lean_attention_may_work_in_is_enough_for_it(pack, monkeypatch, backend, prefix, suffix, counts):
+    """Also for long windows, and where tokens stand beside the video."""
+    parts = {name: sys.modules[f"{pack.__name__}.{name}"] for name in ("nodes.forward_pass", "nodes.wan", "t3")}
+    monkeypatch.setattr(parts["nodes.forward_pass"], "LEAN_BYTES", 0)
+    t3, chosen = parts["t3"], sys.modules[f"{pack.__name__}.t3.backends"].BACKENDS[backend]
+    layout = parts["nodes.wan"].Layout(t3.Grid(2, 4, 6), prefix, suffix)
+    tokens = 48 + prefix + suffix
+    model, x = SimpleNamespace(dim=32, num_heads=2), torch.zeros(2, 16, 2, 8, 12)
+    partitions = [t3.Partition(*counts)]
+    memory = parts["nodes.forward_pass"]._memory(model, layout, x, torch.float32, partitions, chosen)
+    qkv = torch.randn(3, 2, tokens, 2, 16).unbind(0)
+    where = {"prefix": prefix, "backend": chosen}
+    out = t3.t3_attention(*qkv, layout.grid, partitions[0], memory=memory, **where)
+    assert torch.allclose(out, t3.t3_attention(*qkv, layout.grid, partitions[0], **where), atol=1e-5)
 
 
 def test_auto_goes_by_free_memory_and_says_so(pack, model, free, plan, caplog):

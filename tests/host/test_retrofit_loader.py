@@ -297,9 +297,9 @@ def deeper(files):
     )
 
 
-def not_finite(files):
+def not_finite(files, number=torch.nan):
     tensors, _ = adapter("t2v", "lora", "comfyui", state=state("t2v"))
-    tensors[max(tensors)] = tensors[max(tensors)] * torch.nan
+    tensors[max(tensors)] = torch.full_like(tensors[max(tensors)], number)
     return files.save(tensors)
 
 
@@ -331,6 +331,7 @@ BAD = {
     "unknown keys": (unknown_keys, r"no parameter of a Wan transformer \(first '.*self_attn\.z\.lora_A\.weight'"),
     "too many blocks": (deeper, r"it has 2 blocks, the LoRA goes to 8"),
     "not finite": (not_finite, r"numbers that are not finite"),
+    "infinite": (lambda files: not_finite(files, torch.inf), r"numbers that are not finite"),
     "a VAE": (a_vae, r"vae"),
     "a model of another kind": (of_another_kind, r"does not fit the loaded model"),
     "metadata of a newer version": (newer_metadata, r"`t3.version` cannot be used"),

@@ -86,6 +86,27 @@ def test_stacked_and_removed(pack, files, load):
         assert all(torch.equal(parameter, state("t2v")[name]) for name, parameter in parameters.items())
 
 
+def test_two_changes_to_one_parameter_add_up(pack, files, load):
+    base = state("t2v")["blocks.0.self_attn.q.weight"]
+    stem, (rows, columns) = "diffusion_model.blocks.0.self_attn.q", base.shape
+    down, up, diff = torch.randn(4, columns), torch.randn(rows, 4), torch.randn(rows, columns)
+    tensors = {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.diff": diff}
+    patched, _ = load(model("t2v"), files.save(tensors), 0.5)
+    want = base.double() + 0.5 * (up.double() @ down.double() + diff.double())
+    torch.testing.assert_close(weights(patched)["blocks.0.self_attn.q.weight"].double(), want, rtol=3e-6, atol=3e-6)
+
+
+def test_a_replaced_weight_is_not_the_file_s_own_tensor(pack):
+    """The host adds what other patches bring in place."""
+    tensor = torch.randn(4, 4)
+    before = tensor.clone()
+    patch = pack.nodes.weight_patches.T3WeightPatch({"x"}, ("set", 1.0, (("set", tensor),)))
+    found = patch.calculate_weight(torch.zeros(4, 4), "x", 1.0, 1.0, None, None)
+    assert torch.equal(found, before)
+    found.add_(1)
+    assert torch.equal(tensor, before)
+
+
 @pytest.mark.parametrize("first", ["ours", "theirs"])
 def test_beside_the_hosts_loader(pack, files, load, first):
     """LoraLoaderModelOnly before and after."""
