@@ -1,5 +1,6 @@
 """The small model's world: scenes, pictures, captions, and the detector that reads pictures."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,9 @@ from tools.small_model.scenes import (
     HELD_MOTIONS,
     HELD_THINGS,
     LONGEST,
+    MOTIONS,
+    RELATIONS,
+    SPEED,
     SPLITS,
     STRIP,
     Marker,
@@ -81,6 +85,24 @@ def test_nothing_touches_or_leaves():
             bright = picture.amax(0) > -0.89
             assert bright.any() and not bright[:, :strip].any() and not bright[:, -strip:].any()
             assert not bright[0].any() and not bright[-1].any()
+
+
+def test_things_stand_in_line_and_related_ones_on_their_sides_of_the_middle():
+    drawn = scenes("hard", 0, 200)
+    assert {len(one.things) for one in drawn} == {1, 2, 3}
+    for one in drawn:
+        x, y = np.array([(thing.x, thing.y) for thing in one.things]).T
+        row, column = np.ptp(y) < 1e-9, np.ptp(x) < 1e-9
+        assert row or column
+        if one.relation:
+            axis = np.array(RELATIONS[one.relation])
+            for time in (0, LONGEST - 1):
+                first, second = (np.array([x, y]).T + np.array(MOTIONS[one.motion]) * SPEED * time) @ axis
+                assert first > 0.02 and second < -0.02
+        elif len(one.things) > 1:
+            assert column if one.motion in ("left", "right") else row or one.motion not in ("up", "down")
+            gaps = np.diff(x + y)
+            np.testing.assert_allclose(gaps, gaps[0])
 
 
 def test_rendering_is_deterministic_and_anti_aliased():
