@@ -7,11 +7,15 @@ Needs a GPU and ComfyUI, from `python tests/host/install.py` or elsewhere (`--co
 depend on what the weights are. Forward passes are timed by the host's step callback, between two synchronisations of
 the card; a row gives the first (which loads, warms up or compiles) and the median of the others. Peaks are of all that
 torch has allocated, weights included. `--cap` allows the process so many GiB of the card.
+
+Rows called "estimate" set the peak beside the weights against what the host was asked to keep free, for models that
+meet more than a text beside the video. Those have one cycle of the plan's layers: memory does not depend on how many.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import os
@@ -21,6 +25,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -40,6 +45,15 @@ MODELS = {
     "14b-fp8": {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40, "in_dim": 16, "out_dim": 16},
 }
 LATENTS = {"1.3b": (1, 16, 21, 272, 480), "5b": (1, 48, 21, 136, 240), "14b-fp8": (1, 16, 21, 272, 480)}
+# What models of other kinds have that text to video has not, or not so.
+KINDS = {
+    "text to video": {},
+    "image to video": {"model_type": "i2v", "in_dim": 36},
+    "a reference image": {"model_type": "i2v", "in_dim": 48, "in_dim_ref_conv": 16},
+    "a frame in context": {},
+    "VACE": {"model_type": "vace", "vace_in_dim": 96, "vace_layers": 5},
+}
+CYCLE = 5  # layers after which a plan's windows repeat
 VAES = {"1.3b": "2.1", "5b": "2.2", "14b-fp8": "2.1"}
 TINY = {"dim": 256, "ffn_dim": 256, "num_heads": 2, "num_layers": 5}
 TINY_LATENT = (6, 34, 60)
@@ -52,17 +66,18 @@ def write_weights(path: Path, sizes: dict, matrices: torch.dtype = torch.bfloat1
     import comfy.ops
     from safetensors.torch import save_file
 
+    kind = comfy.ldm.wan.model.VaceWanModel if "vace_layers" in sizes else comfy.ldm.wan.model.WanModel
+    options = {"device": "meta", "dtype": torch.bfloat16, "operations": comfy.ops.disable_weight_init}
     # With dynamic VRAM the host's layers have no weights until they are loaded.
     with mock.patch.object(comfy.memory_management, "aimdo_enabled", False):
-        model = comfy.ldm.wan.model.WanModel(
-            model_type="t2v", **sizes, device="meta", dtype=torch.bfloat16, operations=comfy.ops.disable_weight_init
-        )
+        model = kind(**{"model_type": "t2v", **sizes, **options})
     device = "cuda" if torch.cuda.is_available() else "cpu"
     state = {}
     for name, parameter in model.state_dict().items():
         scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 and "modulation" not in name else 0.2
         noise = torch.randn(parameter.shape, device=device) * scale
-        dtype = matrices if name.startswith("blocks.") and parameter.ndim == 2 else torch.bfloat16
+        in_block = name.startswith(("blocks.", "vace_blocks."))
+        dtype = matrices if in_block and parameter.ndim == 2 else torch.bfloat16
         state[name] = (noise + (1.0 if "norm" in name else 0.0)).to(dtype).cpu()
     save_file(state, path)
 
@@ -71,6 +86,31 @@ def text_conds(width: int = 4096):
     """Random text of full length as positive and negative condition."""
     texts = [torch.randn(1, 512, width, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
     return [[[text, {}]] for text in texts]
+
+
+def conditions(kind: str, latent) -> dict:
+    """What nodes put into a condition for a model of this kind of `KINDS`, for latents of the shape `latent`."""
+    import comfy.clip_vision
+
+    batch, channels, frames, *sides = latent
+
+    def like(channels: int, frames: int = frames) -> torch.Tensor:
+        return torch.randn(batch, channels, frames, *sides, generator=torch.Generator().manual_seed(3))
+
+    def image(channels: int) -> dict:
+        seen = comfy.clip_vision.Output()
+        seen.penultimate_hidden_states = torch.randn(1, 257, 1280, generator=torch.Generator().manual_seed(4))
+        mask = torch.zeros(batch, 1, frames, *sides)
+        return {"concat_latent_image": like(channels), "concat_mask": mask, "clip_vision_output": seen}
+
+    found = {
+        "text to video": lambda: {},
+        "image to video": lambda: image(channels),
+        "a reference image": lambda: image(2 * channels) | {"reference_latents": [like(channels, 1)]},
+        "a frame in context": lambda: {"context_latents": [like(channels, 1)]},
+        "VACE": lambda: {"vace_frames": [like(32)], "vace_mask": [like(64)], "vace_strength": [1.0]},
+    }
+    return found[kind]()
 
 
 class Watch:
@@ -94,8 +134,11 @@ class Watch:
         return [b - a for a, b in zip(self.marks, self.marks[1:], strict=False)]
 
 
-def sample(patcher, latent, steps: int, cfg: float) -> dict:
-    """One sampling as KSampler does it; seconds per step, peak memory, how condition and negative were run."""
+def sample(patcher, latent, steps: int, cfg: float, beside: dict | None = None) -> dict:
+    """One sampling as KSampler does it; seconds per step, peak memory, how condition and negative were run.
+
+    beside: what the condition and the negative hold beside the text.
+    """
     import comfy.model_management
     import comfy.sample
 
@@ -103,10 +146,11 @@ def sample(patcher, latent, steps: int, cfg: float) -> dict:
     torch.cuda.reset_peak_memory_stats()
     latent = torch.zeros(latent)
     noise = comfy.sample.prepare_noise(latent, 1)
+    conds = [[[text, held | (beside or {})] for text, held in cond] for cond in text_conds()]
     watch = Watch(patcher)
     watch.mark()
     out = comfy.sample.sample(
-        watch.patcher, noise, steps, cfg, "euler", "simple", *text_conds(), latent, seed=1, callback=watch.mark
+        watch.patcher, noise, steps, cfg, "euler", "simple", *conds, latent, seed=1, callback=watch.mark
     )
     seconds = watch.seconds()
     assert torch.isfinite(out).all(), "sampling gave values that are not numbers"
@@ -116,6 +160,24 @@ def sample(patcher, latent, steps: int, cfg: float) -> dict:
         "step_s": round(statistics.median(seconds[1:]), 2) if seconds[1:] else None,
         "batches": watch.batches,
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+    }
+
+
+def against_estimate(patcher, latent, beside: dict) -> dict:
+    """Two steps of a model that nothing else is loaded beside; its peak beside the weights, and what was asked for."""
+    import comfy.model_management
+
+    comfy.model_management.unload_all_models()
+    comfy.model_management.soft_empty_cache()
+    before = torch.cuda.memory_allocated()
+    load = comfy.model_management.load_models_gpu
+    with mock.patch.object(comfy.model_management, "load_models_gpu", wraps=load) as asked:
+        row = sample(patcher, latent, 2, 1.0, beside)
+    weights = before + patcher.model_size()
+    return row | {
+        "weights_gib": round(weights / 2**30, 2),
+        "beside_weights_gib": round(row["peak_gib"] - weights / 2**30, 2),
+        "estimate_gib": round(asked.call_args.kwargs["minimum_memory_required"] / 2**30, 2),
     }
 
 
@@ -197,9 +259,24 @@ def measure(pack, name: str, tiny: bool, only: list[str], layers: int | None, ke
         with mock.patch.object(pack.nodes.estimate, "ways", lambda model: [way]):
             return sample(t3(model, memory="fast"), latent, 3, 1.0)
 
+    def of_kind(folder: str, kind: str, memory: str) -> dict:
+        """A model of this kind of `KINDS` against its estimate."""
+        path = Path(folder) / "kind.safetensors"
+        write_weights(path, sizes | KINDS[kind] | {"num_layers": CYCLE}, matrices)
+        model = comfy.sd.load_diffusion_model(str(path))
+        return against_estimate(t3(model, memory=memory), latent, conditions(kind, latent))
+
+    passes = []
+
+    def noted(*arguments):
+        passes.append(plan_forward_pass(*arguments))
+        return passes[-1]
+
+    matrices = torch.float8_e4m3fn if name.endswith("fp8") else torch.bfloat16
+    plan_forward_pass = pack.nodes.patch.plan_forward_pass
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
-        write_weights(path, sizes, torch.float8_e4m3fn if name.endswith("fp8") else torch.bfloat16)
+        write_weights(path, sizes, matrices)
 
         def load(dtype=None):
             return comfy.sd.load_diffusion_model(str(path), model_options={"dtype": dtype} if dtype else {})
@@ -228,13 +305,21 @@ def measure(pack, name: str, tiny: bool, only: list[str], layers: int | None, ke
             "torch.compile": lambda: sample(TorchCompileModel.execute(patched, "inductor").result[0], latent, 3, 1.0),
             "cancel_s": lambda: cancel(patched, latent, 0.1 if tiny else 4.0),
         }
+        # The other kinds are those of the latents of Wan2.1.
+        kinds = KINDS if latent[1] == 16 else ["text to video"]
+        for kind, memory in itertools.product(kinds, ("fast", "lean")):
+            runs[f"estimate: {kind}, memory {memory}"] = partial(of_kind, folder, kind, memory)
         for label, run in runs.items():
             if only and not any(word in label for word in only):
                 continue
+            passes.clear()
             try:
-                rows[label] = run()
+                with mock.patch.object(pack.nodes.patch, "plan_forward_pass", noted):
+                    rows[label] = run()
             except Exception as error:
                 rows[label] = f"failed: {type(error).__name__}: {error}"
+            if passes and isinstance(rows[label], dict):
+                rows[label]["forward"] = "dense" if passes[-1] is None else passes[-1].describe()
             print(name, label, json.dumps(rows[label]), flush=True)
             keep(rows)
 
