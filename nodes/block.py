@@ -59,11 +59,27 @@ class T3VaceBlock(StandIn):
         return block.after_proj(c), c
 
 
+class T3FeedForward(StandIn):
+    """Stands in for the `forward` of a block's feed-forward where the block runs whole: compiled, or of few tokens."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As `Sequential.forward`; the GELU goes with the product before it where that can be."""
+        ffn: Any = self.module
+        if not _known_feed_forward(ffn):
+            return torch.nn.Sequential.forward(ffn, x)
+        up, _, down = ffn
+        return feed_forward(x, up, down)
+
+
 def _as_made(block: Any) -> bool:
     """Whether all of a block but its attention is what the host makes: else its own forward must run."""
     ffn, norms = block.ffn, (block.norm1, block.norm2, block.norm3)
+    return _known_feed_forward(ffn) and not any(map(changed_by, (ffn, *norms)))
+
+
+def _known_feed_forward(ffn: Any) -> bool:
     known = type(ffn) is torch.nn.Sequential and len(ffn) == 3 and type(ffn[1]) is torch.nn.GELU
-    return known and ffn[1].approximate == "tanh" and not any(map(changed_by, (ffn, ffn[1], *norms)))
+    return known and ffn[1].approximate == "tanh" and changed_by(ffn[1]) is None
 
 
 def _chunks(block: Any, x: torch.Tensor) -> list[slice]:

@@ -24,7 +24,7 @@ from ..t3.chunks import token_chunks
 from ..t3.fused import refusal
 from ..t3.memory import BlockShape
 from . import estimate, projections, wan
-from .block import T3Block, T3VaceBlock
+from .block import T3Block, T3FeedForward, T3VaceBlock
 from .forward_pass import ForwardPass, Settings, plan_forward_pass
 from .host_attention import host_attention
 from .mixed_dtypes import have_weights_cast
@@ -170,11 +170,16 @@ def settings_of(model) -> Settings | None:
 def _put(model, attentions: list[wan.SelfAttention], blocks: list[wan.Block], installation: Installation) -> None:
     """Patches for these modules, and wrappers and callbacks for this installation in place of former ones."""
     for attention in attentions:
-        patch = T3SelfAttention(attention.module, attention.layer, installation)
-        model.add_object_patch(_key(attention.path), patch.forward)
+        model.add_object_patch(
+            _key(attention.path), T3SelfAttention(attention.module, attention.layer, installation).forward
+        )
     for block in blocks:
         kind = T3VaceBlock if hasattr(block.module, "after_proj") else T3Block
         model.add_object_patch(_key(block.path), kind(block.module, block.layer, installation).forward)
+        ffn = _key(f"{block.path}.ffn")
+        if ffn not in model.object_patches or is_ours(model.object_patches[ffn]):
+            patch = T3FeedForward(block.module.ffn, block.layer, installation)
+            model.add_object_patch(ffn, patch.forward)
     wrappers = {
         WrappersMP.APPLY_MODEL: partial(_apply_model, installation),
         WrappersMP.PREPARE_SAMPLING: partial(estimate.prepare_sampling, installation.settings.memory),

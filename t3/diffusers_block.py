@@ -18,7 +18,7 @@ from torch import nn
 from .block import Linear, Projections, Windows, attend, by_chunks
 from .chunks import of_tokens, side_by_side, token_chunks
 from .diffusers_text import TextAttention
-from .feed_forward import feed_forward
+from .feed_forward import feed_forward, gelu_of_linear
 from .fused import norm_weight
 from .kernels.add_norm.op import add_, add_norm
 from .memory import BlockShape, Share
@@ -140,6 +140,20 @@ class BlockByChunks:
         return by_chunks(out, arriving, rest)
 
 
+def fuse_gelu(block: Any) -> None:
+    """Have a block that runs whole compute its GELU with the product before it (see `feed_forward.gelu_of_linear`)."""
+    if _strange_feed_forward(block) is None:
+        layer = block.ffn.net[0]
+        layer.forward = partial(gelu_of_linear, up=layer.proj)
+
+
+def plain_gelu(block: Any) -> None:
+    """Undo `fuse_gelu`."""
+    for layer in block.ffn.modules():
+        if getattr(vars(layer).get("forward"), "func", None) is gelu_of_linear:
+            del layer.forward
+
+
 def _modulation(table: torch.Tensor, temb: torch.Tensor, tokens: int, rows: slice | None) -> tuple[torch.Tensor, ...]:
     """Shift, scale and gate of self-attention, then of the feed-forward, float32: `[B, 1, dim]`, or of these tokens."""
     if temb.ndim == 3:
@@ -151,21 +165,27 @@ def _modulation(table: torch.Tensor, temb: torch.Tensor, tokens: int, rows: slic
 
 def _changed(block: Any) -> str | None:
     """What in this block is not as diffusers made it, in words, or None."""
-    ffn, norms = block.ffn, (block.norm1, block.norm2, block.norm3)
+    norms = (block.norm1, block.norm2, block.norm3)
     if any(_offloaded(module) for module in block.modules()):
         return "group offload brings each layer's weights at each call"
     if any(type(norm) not in (FP32LayerNorm, nn.Identity) or _watched(norm) for norm in norms):
         return "a norm is of another kind"
-    net: Any = getattr(ffn, "net", ())
-    if type(ffn) is not FeedForward or _watched(ffn) or len(net) != 3 or type(net[0]) is not GELU or _watched(net[0]):
-        return "its feed-forward is of another kind"
-    if net[0].approximate != "tanh":
-        return f"its GELU is {net[0].approximate!r}"
+    if why := _strange_feed_forward(block):
+        return why
     if type(block.attn2.processor) is not WanAttnProcessor or _watched(block.attn2) or _watched(block.attn1):
         return "its attention is of another kind, or watched"
     if getattr(block.attn1.processor, "_parallel_config", None) is not None:
         return "its tokens are spread over several cards"
     return None
+
+
+def _strange_feed_forward(block: Any) -> str | None:
+    """The same for its feed-forward."""
+    ffn = block.ffn
+    net: Any = getattr(ffn, "net", ())
+    if type(ffn) is not FeedForward or _watched(ffn) or len(net) != 3 or type(net[0]) is not GELU or _watched(net[0]):
+        return "its feed-forward is of another kind"
+    return None if net[0].approximate == "tanh" else f"its GELU is {net[0].approximate!r}"
 
 
 def _watched(module: nn.Module) -> bool:

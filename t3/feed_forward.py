@@ -6,23 +6,26 @@ The hidden tensor is the largest of a block (11 GiB at 4K in a 1.3B): it is writ
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .errors import T3Error
+from .kernels.namespace import own_namespace
 
 log = logging.getLogger(__name__)
 HALF = (torch.float16, torch.bfloat16)
 # Lends weight and bias of a linear layer, as the layer would use them on x.
 Lend = Callable[[nn.Module, torch.Tensor], AbstractContextManager[tuple[torch.Tensor, torch.Tensor | None]]]
 Layer = Callable[[torch.Tensor], torch.Tensor]
-# ComfyUI's linear layer, by name: it is torch's unless its weights are cast or patched at each call.
-_HOST = ("comfy.ops", "disable_weight_init.Linear.")
 _checked: dict[tuple[torch.device, torch.dtype], str | None] = {}
+# Where compiled code takes `linear_gelu`: elsewhere the compiler's own fusion is as good.
+_COMPILED_ON = ("cuda",)
 
 
 def feed_forward(x: torch.Tensor, up: nn.Module, down: Layer, lend: Lend | None = None) -> torch.Tensor:
@@ -31,20 +34,28 @@ def feed_forward(x: torch.Tensor, up: nn.Module, down: Layer, lend: Lend | None 
     x: `[..., dim]`; up, down: from `[..., dim]` to `[..., hidden]` and back, linear layers as a rule.
     lend: a host's way to lend weight and bias of a layer that casts or patches them at each call, see `legal`.
 
+    See `gelu_of_linear` for what is done with the GELU.
+    """
+    return down(gelu_of_linear(x, up, lend))
+
+
+def gelu_of_linear(x: torch.Tensor, up: nn.Module, lend: Lend | None = None) -> torch.Tensor:
+    """gelu(up(x)), as `feed_forward` takes them.
+
     Where `legal` has nothing against it, the GELU is part of the matrix product, applied to its float32 sums; elsewhere
     `up` is called as it is and its result changed in place (out of place where gradients or hooks may need it).
+    Compiled code holds both as one operator where `up` is a plain layer: a compiler would pass over it all once more.
     """
+    if torch.compiler.is_compiling():
+        return _linear_gelu(x, *_own(up)) if _is_operator(up, x) else F.gelu(up(x), approximate="tanh")
     if legal(up, x, lend) is not None:
-        return down(_gelu(up(x), x, up))
+        return _gelu(up(x), x, up)
     if lend is None or not _host_casts(up):
-        hidden = _fused(x, *_own(up))
-    else:
-        with lend(up, x) as (weight, bias):
-            if _not_dense(x, weight, bias) is None:
-                hidden = _fused(x, weight, bias)
-            else:
-                hidden = torch.ops.aten.gelu_(F.linear(x, weight, bias), approximate="tanh")
-    return down(hidden)
+        return _fused(x, *_own(up))
+    with lend(up, x) as (weight, bias):
+        if _not_dense(x, weight, bias) is None:
+            return _fused(x, weight, bias)
+        return torch.ops.aten.gelu_(F.linear(x, weight, bias), approximate="tanh")
 
 
 def legal(up: nn.Module, x: torch.Tensor, lend: Lend | None = None) -> str | None:
@@ -54,17 +65,40 @@ def legal(up: nn.Module, x: torch.Tensor, lend: Lend | None = None) -> str | Non
     neither casts nor patches its weights, or one that does where `lend` hands them out; without hooks, weights being
     ordinary tensors of x's dtype on x's device. And where this torch computes what it should, which is tried once.
     """
-    if torch.compiler.is_compiling():
-        return "code is being compiled, and the compiler fuses what it can"
     if x.device.type != "cuda" or torch.version.hip:
         return f"it needs an NVIDIA card, not {x.device}"
     if x.dtype not in HALF:
         return f"it takes float16 and bfloat16, not {x.dtype}"
     if torch.is_autocast_enabled("cuda"):
         return "autocast chooses the dtypes"
-    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in up.parameters())):
+    if _wants_gradients(up, x):
         return "it has no gradients"
     return _not_plain(up, lend) or _not_trusted(x.device, x.dtype) or _not_lent(up, x)
+
+
+def _is_operator(up: nn.Module, x: torch.Tensor) -> bool:
+    """Whether compiled code is to hold gelu(up(x)) as one operator. Asks nothing that tracing cannot answer."""
+    if x.device.type not in _COMPILED_ON or torch.is_autocast_enabled(x.device.type) or _wants_gradients(up, x):
+        return False
+    return _not_plain(up, None) is None and _not_dense(x, *_own(up)) is None
+
+
+@torch.library.custom_op(f"{own_namespace(__name__)}::linear_gelu", mutates_args=())
+def _linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """gelu(F.linear(x, weight, bias)) in its tanh form, by the fused product where that is to be trusted."""
+    fits = x.is_cuda and not torch.version.hip and x.dtype in HALF
+    if fits and _not_trusted(x.device, x.dtype) is None:
+        return _fused(x, weight, bias)
+    return torch.ops.aten.gelu_(F.linear(x, weight, bias), approximate="tanh")
+
+
+@_linear_gelu.register_fake
+def _(x, weight, bias):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _wants_gradients(up: nn.Module, x: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in up.parameters()))
 
 
 def _not_plain(up: nn.Module, lend: Lend | None) -> str | None:
@@ -82,10 +116,10 @@ def _not_plain(up: nn.Module, lend: Lend | None) -> str | None:
 
 
 def _is_host_s(up: nn.Module, method: str) -> bool:
-    """Whether a method is ComfyUI's own, not overridden by a subclass."""
-    found = getattr(type(up), method, None)
-    module, prefix = _HOST
-    return getattr(found, "__module__", "") == module and getattr(found, "__qualname__", "") == prefix + method
+    """Whether a method is that of ComfyUI's linear layer, not overridden by a subclass: that layer is torch's unless
+    its weights are cast or patched at each call. By identity: while code is compiled, functions have other names."""
+    ops = sys.modules.get("comfy.ops")
+    return ops is not None and getattr(type(up), method, None) is getattr(ops.disable_weight_init.Linear, method)
 
 
 def _host_casts(up: nn.Module) -> bool:
@@ -93,8 +127,7 @@ def _host_casts(up: nn.Module) -> bool:
     return any(bool(getattr(up, name, None)) for name in ("comfy_cast_weights", "weight_function", "bias_function"))
 
 
-def _own(up: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-    assert isinstance(up, nn.Linear)
+def _own(up: nn.Module) -> Any:
     return up.weight, up.bias
 
 
@@ -125,7 +158,7 @@ def _fused(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 
 def _gelu(hidden: torch.Tensor, x: torch.Tensor, up: nn.Module) -> torch.Tensor:
     """In place where nobody else can see it: no gradients, no hook that may have kept it, no memory of the input's."""
-    seen = hidden.requires_grad or torch.compiler.is_compiling() or bool(up._forward_hooks)
+    seen = hidden.requires_grad or bool(up._forward_hooks)
     if seen or hidden.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
         return F.gelu(hidden, approximate="tanh")
     return torch.ops.aten.gelu_(hidden, approximate="tanh")

@@ -16,7 +16,7 @@ from .backends import Backend, Situation, choose
 from .block import Windows
 from .cost import ModelShape, activation_bytes
 from .device_memory import free_bytes
-from .diffusers_block import BlockByChunks, turns
+from .diffusers_block import BlockByChunks, fuse_gelu, plain_gelu, turns
 from .fused import attention_from_projections, norm_weight, refusal
 from .memory import AUTO, FAST, GIB, LEAN, Share, block_bytes, pick, shares
 from .plan import Grid, Partition, Plan
@@ -112,6 +112,7 @@ def compile_blocks(transformer: WanTransformer3DModel, plan: Plan, **options) ->
         stand_in = getattr(vars(block).get("forward"), "__self__", None)
         if isinstance(stand_in, BlockByChunks):
             stand_in.remove()
+        fuse_gelu(block)
     distinct = len({plan.layers[i % len(plan.layers)] for i in range(len(transformer.blocks))})
     config = torch._dynamo.config
     # One code object serves all blocks; the usual limit of 8 is less than a plan may have partitions.
@@ -143,6 +144,8 @@ class T3Installation:
         self._hook.remove()
         for block in self._blocks:
             block.remove()
+        for plain in _all_blocks(self.transformer):
+            plain_gelu(plain)
         for (attention, _), processor in zip(self_attentions(self.transformer), self._former, strict=True):
             attention.set_processor(processor)
 

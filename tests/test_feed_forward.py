@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import sys
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,8 +93,10 @@ class Casting(nn.Linear):
         return super().forward(x)
 
 
-for method in (Casting.forward, Casting.forward_comfy_cast_weights):
-    method.__module__, method.__qualname__ = "comfy.ops", f"disable_weight_init.Linear.{method.__name__}"
+@pytest.fixture(autouse=True)
+def host(monkeypatch):
+    """ComfyUI, as far as it matters here."""
+    monkeypatch.setitem(sys.modules, "comfy.ops", SimpleNamespace(disable_weight_init=SimpleNamespace(Linear=Casting)))
 
 
 class Doubling(Casting):
@@ -229,3 +235,56 @@ def test_a_failed_trial_is_said_once(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert "CUDA graph" in module._not_trusted(torch.device("cpu"), torch.float16)
     assert not module._checked
+
+
+@pytest.mark.parametrize(
+    ("up", "one"),
+    [
+        (linear(), True),
+        (linear(Casting), True),
+        (linear(Casting, comfy_cast_weights=True), False),
+        (linear(type("Lora", (nn.Linear,), {"forward": nn.Linear.forward}), bias=False), False),
+        (hooked("register_forward_hook"), False),
+    ],
+)
+def test_compiled_code_holds_it_as_one_operator(monkeypatch, up, one):
+    """Whole, without a break, and as far from float64 as separate steps are; another kind of layer goes as it is."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(module, "_COMPILED_ON", ("cpu",))
+    up, down = copy.deepcopy(up).bfloat16(), layers(torch.bfloat16)[1]
+    x = torch.randn(2, 5, 24, dtype=torch.bfloat16)
+    graphs = []
+
+    def backend(graph, example):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    with torch.no_grad():
+        found = torch.compile(partial(feed_forward, up=up, down=down), fullgraph=True, backend=backend)(x)
+        exact = expected(x.double(), *(copy.deepcopy(layer).double() for layer in (up, down)))
+        ours, theirs = ((y.double() - exact).norm() for y in (found, expected(x, up, down)))
+    assert len(graphs) == 1 and any("linear_gelu" in name for name in graphs[0]) == one
+    assert ours <= 2 * theirs
+
+
+def test_compiled_code_that_learns_or_is_hooked_takes_no_operator(monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(module, "_COMPILED_ON", ("cpu",))
+    monkeypatch.setattr(module, "_linear_gelu", None)
+    up, down = layers()
+    x = torch.randn(2, 5, 24)
+    compiled = torch.compile(feed_forward, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x.requires_grad_(), up, down), expected(x, up, down))
+    compiled(x, up, down).sum().backward()
+    assert x.grad.abs().max() > 0
+    up.forward = partial(F.linear, weight=up.weight * 2, bias=up.bias)
+    torch.testing.assert_close(compiled(x.detach(), up, down), expected(x.detach(), up.forward, down))
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 24), (24,), (1, 7, 24)])
+def test_the_operator_computes_and_says_what_it_gives(device, shape):
+    up, _ = layers(torch.bfloat16 if device == "cuda" else torch.float32, device)
+    x = torch.randn(shape, device=device, dtype=up.weight.dtype)
+    torch.library.opcheck(module._linear_gelu, (x, up.weight, up.bias))
+    theirs = F.gelu(up(x), approximate="tanh")
+    torch.testing.assert_close(module._linear_gelu(x, up.weight, up.bias), theirs)

@@ -247,6 +247,27 @@ def test_blocks_compile_without_a_graph_break():
     assert ((run(model, arguments) - plain).norm() / plain.norm()).item() < 1e-5
 
 
+def test_compiled_blocks_hold_gelu_and_product_as_one(monkeypatch):
+    """And give diffusers' own layer back when T3 is removed."""
+    from t3 import feed_forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(feed_forward, "_COMPILED_ON", ("cpu",))
+    model, arguments = transformer(), inputs((3, 5, 7))
+    installation = install_t3(model, PLAN, backend="sdpa")
+    plain, called = run(model, arguments), []
+
+    def backend(graph, example):
+        called.append([str(node.target) for node in graph.graph.nodes])
+        return graph.forward
+
+    compile_blocks(model, PLAN, backend=backend)
+    assert ((run(model, arguments) - plain).norm() / plain.norm()).item() < 1e-5
+    assert all(sum("linear_gelu" in name for name in names) == 1 for names in called) and called
+    installation.remove()
+    assert not any("forward" in vars(block.ffn.net[0]) for block in model.blocks)
+
+
 def test_as_many_kinds_of_layers_compile_as_a_plan_has(monkeypatch):
     """torch gives up after a few; with `fullgraph` that is an error in the middle of sampling."""
     model, grid = transformer(num_layers=12), Grid(2, 8, 12)

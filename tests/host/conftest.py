@@ -22,10 +22,11 @@ def pack():
 @pytest.fixture
 def t3(pack, monkeypatch):
     """The pack's own modules, with chunks of 32 tokens for the blocks of `host_blocks`."""
-    parts = {name: sys.modules[f"{pack.__name__}.{name}"] for name in ("t3.memory", "t3.chunks", "t3.fused")}
-    monkeypatch.setattr(parts["t3.chunks"], "TILE", 16)
-    monkeypatch.setattr(parts["t3.memory"], "CHUNK_BYTES", 32 * host_blocks.FFN * 8)
+    names = ("memory", "chunks", "fused", "feed_forward")
+    parts = {name: sys.modules[f"{pack.__name__}.t3.{name}"] for name in names}
+    monkeypatch.setattr(parts["chunks"], "TILE", 16)
+    monkeypatch.setattr(parts["memory"], "CHUNK_BYTES", 32 * host_blocks.FFN * 8)
     # The host's rotation takes no float64.
     for module in ("comfy.ldm.flux.math", "comfy.ldm.wan.model"):
         monkeypatch.setattr(f"{module}.apply_rope1", host_models.rotate)
-    return SimpleNamespace(memory=parts["t3.memory"], fused=parts["t3.fused"], pack=pack, nodes=pack.nodes)
+    return SimpleNamespace(**parts, pack=pack, nodes=pack.nodes)

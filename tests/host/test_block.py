@@ -243,6 +243,68 @@ def test_compiles_without_a_graph_break(t3, monkeypatch, kernels, beside):
     assert (out - expected).norm() <= 1e-5 * expected.norm()
 
 
+@pytest.mark.parametrize("watched", [None, 0, 1], ids=["plain", "its product watched", "its GELU watched"])
+def test_a_whole_block_has_the_host_s_feed_forward(t3, watched):
+    """Of few tokens or compiled: the same numbers, with whatever others put into it."""
+    block = make_block()
+    x = random(2, 5, DIM, seed=9)
+    expected = block.ffn(x)
+    seen = []
+    if watched is not None:
+        block.ffn[watched].register_forward_hook(lambda module, args, out: seen.append(out.clone()))
+    ours = t3.nodes.block.T3FeedForward(block.ffn, 0, None)
+    block.ffn.forward = ours.forward
+    check(block.ffn(x), expected)
+    assert len(seen) == (watched is not None)
+    if watched == 0:
+        torch.testing.assert_close(seen[0], torch.nn.functional.linear(x, block.ffn[0].weight, block.ffn[0].bias))
+    block.ffn[1] = torch.nn.SiLU()
+    with_silu = torch.nn.Sequential.forward(block.ffn, x)
+    assert torch.equal(block.ffn(x), with_silu) and (with_silu - expected).norm() > 1e-2 * expected.norm()
+
+
+def test_compiled_blocks_hold_gelu_and_product_as_one(t3, monkeypatch):
+    import comfy.ldm.modules.attention as attention
+
+    monkeypatch.setattr("comfy.ldm.wan.model.optimized_attention", attention.attention_pytorch)
+    monkeypatch.setattr(t3.feed_forward, "_COMPILED_ON", ("cpu",))
+    torch._dynamo.reset()
+    block, arguments = make_block(dtype=torch.float32), inputs(dtype=torch.float32)
+    ours, called = patch(t3, block), []
+    with torch.no_grad():
+        expected = ours.forward(**arguments, transformer_options={})
+        block.forward = ours.forward
+        block.ffn.forward = t3.nodes.block.T3FeedForward(block.ffn, 0, None).forward
+
+        def backend(graph, example):
+            called.extend(str(node.target) for node in graph.graph.nodes)
+            return graph.forward
+
+        out = torch.compile(block, fullgraph=True, backend=backend)(**arguments, transformer_options={})
+    assert (out - expected).norm() <= 1e-5 * expected.norm()
+    assert sum("linear_gelu" in name for name in called) == 1 and not any(name == "gelu" for name in called)
+
+
+def test_a_foreign_feed_forward_stays(pack):
+    """Put in by another node, before T3 or after it."""
+    model, key = host_models.patcher("t2v"), "diffusion_model.blocks.0.ffn.forward"
+
+    def foreign(x):
+        return x
+
+    before = model.clone()
+    before.add_object_patch(key, foreign)
+    assert with_t3(pack, before)[0].object_patches[key] is foreign
+    patched = with_t3(pack, model)[0]
+    assert pack.nodes.stand_in.is_ours(patched.object_patches[key])
+    x, text = torch.randn(1, 16, 6, 12, 12), torch.randn(1, 7, 48)
+    plain = forward_pass(patched, x, text=text)
+    patched.add_object_patch(key, foreign)
+    assert not torch.equal(forward_pass(patched, x, text=text), plain)
+    # And the node put on once more leaves it there.
+    assert with_t3(pack, patched)[0].object_patches[key] is foreign
+
+
 # --- Weights that the host makes anew at each call -----------------------------------------------------------------
 
 
