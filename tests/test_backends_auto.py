@@ -175,8 +175,10 @@ def test_a_new_card_is_timed_once_and_remembered(machine, timer, caplog):
     assert choose("auto", card) == (backend, why)
     assert choose("auto", dataclasses.replace(card, windows=(600,)))[0].name == "sdpa-flash"
     assert len(timer.calls) == 4
-    # Another length, dtype, head size or card does.
-    for change in ({"windows": (3_000,)}, {"dtype": torch.float16}, {"head_dim": 64}, {"name": "Other"}):
+    # Nor does the other half precision. Another length, head size or card does.
+    assert choose("auto", dataclasses.replace(card, dtype=torch.float16))[0].name == "sdpa-flash"
+    assert len(timer.calls) == 4
+    for change in ({"windows": (3_000,)}, {"head_dim": 64}, {"name": "Other"}):
         timer.calls.clear()
         choose("auto", dataclasses.replace(card, **change))
         assert timer.calls
@@ -205,6 +207,22 @@ def test_what_failed_for_want_of_memory_or_time_is_tried_again_in_the_next_proce
     timer.calls.clear()
     choice._remembered.cache_clear()
     assert choose("auto", card)[0].name == "sdpa-cudnn" and not timer.calls
+
+
+def test_of_several_times_those_of_the_most_backends_then_those_of_the_dtype_count():
+    few, other = entry(ms={"sdpa-cudnn": 2.0, "sdpa-flash": 1.0}, dtype="float16"), entry()
+    table.save([few, other], table.cache_file())
+    here = on_card(1_000, name="Card", dtype=torch.float16)
+    assert (
+        table.find(here, 1_000) == few and table.find(dataclasses.replace(here, dtype=torch.bfloat16), 1_000) == other
+    )
+    assert table.find(dataclasses.replace(here, dtype=torch.float32), 1_000) is None
+    more = entry(ms={"sdpa-cudnn": 2.0, "sdpa-flash": 3.0, "flash-attn-4": 1.0})
+    table.save([more], table.cache_file())
+    assert table.find(here, 1_000) == more
+    nearer = entry(window=1_100, ms={"sdpa-cudnn": 2.0, "sdpa-flash": 3.0, "flash-attn-4": 1.5})
+    table.save([nearer], table.cache_file())
+    assert table.find(here, 1_100) == nearer
 
 
 def test_times_of_other_versions_do_not_count(timer, monkeypatch):
