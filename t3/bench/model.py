@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from ..backends import AUTO, Situation, choose
 from ..cost import model_cost
 from ..memory import GIB
 from ..plan import Grid, Plan
@@ -90,7 +91,11 @@ def _rows(
         report.run(TABLE, label, variant, partial(with_t3, plan, memory=way))
 
     def with_compile() -> dict[str, float]:
-        installed = install_t3(model, plan)
+        # As `Engine.load` does: code that is being compiled does not look at measured times.
+        windows = tuple(n for layer in plan.partitions(grid, len(model.blocks)) for n in layer.window_lengths(grid))
+        situation = Situation(report.device, transformer.dtype, transformer.shape.head_dim, windows=windows)
+        backend, _ = choose(AUTO, situation)
+        installed = install_t3(model, plan, backend=backend)
         try:
             compile_blocks(model, plan)
             return transformer.measure(grid)
