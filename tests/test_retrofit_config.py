@@ -216,11 +216,11 @@ def test_the_estimate_counts_what_a_run_holds(tmp_path):
     from t3.retrofit.conditioning import Conditioning
     from t3.retrofit.estimate import memory
 
-    shape = ModelShape(layers=3, dim=8, ffn_dim=16, heads=2)
+    shape, two_clips = ModelShape(layers=3, dim=8, ffn_dim=16, heads=2), (2, Grid(1, 2, 2))
 
     def parts(**tables):
         config = parse_config(config_text(tmp_path, **tables))
-        return memory(config, config.stages[0], shape, 1000, 100, Grid(1, 2, 2))
+        return memory(config, config.stages[0], shape, 1000, 100, two_clips)
 
     full = parts(train={"precision": "bf16"})
     assert (full["weights"], full["gradients"], full["optimiser"], full["average"]) == (4000, 400, 800, 400)
@@ -233,9 +233,9 @@ def test_the_estimate_counts_what_a_run_holds(tmp_path):
     # Two VACE blocks beside three: each holds what a block holds, and adds to a layer.
     control = dataclasses.replace(shape, control_layers=(0, 2))
     config = parse_config(config_text(tmp_path))
-    of_vace = memory(config, config.stages[0], control, 1000, 100, Grid(1, 2, 2))
+    of_vace = memory(config, config.stages[0], control, 1000, 100, two_clips)
     assert of_vace["activations"] == 5 / 3 * parts()["activations"]
     per_token = Conditioning("ti2v", (("none", 0.5), ("first", 0.5)), 48)
     # 2 clips of 4 tokens, 8 wide: six modulations in float32, once and in each of three blocks.
-    found = memory(config, config.stages[0], shape, 1000, 100, Grid(1, 2, 2), per_token)["timesteps of each token"]
-    assert found == 2 * 4 * 8 * 6 * 4 * (1 + 3)
+    found = memory(config, config.stages[0], shape, 1000, 100, two_clips, per_token)
+    assert found["timesteps of each token"] == 2 * 4 * 8 * 6 * 4 * (1 + 3)

@@ -109,10 +109,10 @@ def test_what_a_config_asks_of_its_data(tmp_path):
 
 
 def test_every_clip_comes_once_before_any_comes_twice():
-    order = Order([Pool("a", SHAPE, list(range(7)), 6), Pool("b", SHAPE, list(range(3)), 6)], seed=4)
+    order = Order([Pool("a", SHAPE, list(range(7)), 6), Pool("b", SHAPE, list(range(3)), 6)], seed=4, batch=2)
     taken = {"a": [], "b": []}
     for _ in range(60):
-        pool, numbers = order.next(2, {})
+        pool, numbers = order.next({})
         taken[pool.name] += numbers
     for name, count in (("a", 7), ("b", 3)):
         numbers = taken[name]
@@ -130,19 +130,36 @@ def test_the_mix_of_sets_is_kept():
         Pool("c", SHAPE, [0], 6),
     ]
     order = Order(pools, seed=0)
-    count = Counter(order.next(1, {"a": 3.0, "b": 1.0})[0].name for _ in range(2000))
+    count = Counter(order.next({"a": 3.0, "b": 1.0})[0].name for _ in range(2000))
     # Three in four: within four standard deviations of 2,000 draws.
     assert abs(count["a"] / 2000 - 0.75) < 4 * (0.75 * 0.25 / 2000) ** 0.5
     assert not count["c"]
 
 
-def test_batches_are_the_same_read_ahead_split_or_resumed(tmp_path):
+def test_a_set_may_have_a_batch_of_its_own():
+    """Then each of its clips still comes as often as any other, or its set gives its share of the batches."""
+    pools = [Pool("a", SHAPE, list(range(90)), 6), Pool("b", SHAPE, list(range(90)), 6, batch=3)]
+    order = Order(pools, seed=0, batch=1, processes=2)
+    taken = [order.next({}) for _ in range(4000)]
+    assert {(pool.name, len(numbers)) for pool, numbers in taken} == {("a", 2), ("b", 6)}
+    # One batch in four: within four standard deviations.
+    b = sum(pool.name == "b" for pool, _ in taken)
+    assert abs(b / 4000 - 0.25) < 4 * (0.25 * 0.75 / 4000) ** 0.5
+    b = sum(order.next({"a": 1.0, "b": 1.0})[0].name == "b" for _ in range(4000))
+    assert abs(b / 4000 - 0.5) < 4 * 0.5 / 4000**0.5
+
+
+@pytest.mark.parametrize("own", [0, 6])
+def test_batches_are_the_same_read_ahead_split_or_resumed(tmp_path, own):
+    """own: clips of the set "b" at once, where that is another number."""
     write_clips(tmp_path / "a", 5)
     write_clips(tmp_path / "b", 4, shape=(16, 2, 6, 12), seed=1)
     stages = [Stage(name="one", attention=1.0, queries=3), Stage(name="two", shift=1.0, mix={"b": 1.0})]
 
     def feeder(layout, resident):
         clips = open_clips(data(tmp_path / "a", tmp_path / "b"), TINY, 6)
+        for pool in clips.pools:
+            pool.batch = own // layout.processes if pool.name == "b" else 0
         return Feeder(
             clips, layout, seed=7, caption_dropout=0.5, patch=(1, 2, 2), device=torch.device("cpu"), resident=resident
         )
@@ -164,6 +181,7 @@ def test_batches_are_the_same_read_ahead_split_or_resumed(tmp_path):
     assert wanted[0].rows.shape == (3,)
     assert wanted[4].rows is None
     assert {batch.latents.shape[-1] for batch in wanted[3:]} == {12}
+    assert {len(batch.latents) for batch in wanted[3:]} == {own or 4}
     dropped = torch.cat([(batch.text == 0).flatten(1).all(1) for batch in wanted])
     assert 0 < dropped.sum() < len(dropped)
     ahead.close()

@@ -21,15 +21,12 @@ _AHEAD = 2  # batches that are read while one is trained on
 
 @dataclass(frozen=True)
 class Layout:
-    """How the clips of a round are shared out: `batch` on each of `processes`, of which this is number `rank`."""
+    """How the clips of a round are shared out: `batch` on each of `processes`, of which this is number `rank`, where
+    their set does not say otherwise."""
 
     batch: int
     processes: int
     rank: int
-
-    @property
-    def together(self) -> int:
-        return self.batch * self.processes
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class Feeder:
         device: torch.device,
         resident: bool,
     ) -> None:
-        self.order = Order(clips.pools, seed)
+        self.order = Order(clips.pools, seed, layout.batch, layout.processes)
         self.layout = layout
         self.seed = seed
         self.caption_dropout = caption_dropout
@@ -91,7 +88,7 @@ class Feeder:
 
     def example(self, pool: Pool, stage: Stage) -> Batch:
         """A batch from this pool that is no part of the run."""
-        numbers = [i % len(pool.clips) for i in range(self.layout.together)]
+        numbers = [i % len(pool.clips) for i in range(self.order.each(pool) * self.layout.processes)]
         planned = _Round(pool, numbers, 0, stage)
         return self._finish(planned, self._read(planned))
 
@@ -112,19 +109,21 @@ class Feeder:
         return {"serial": self.serial, "order": self.order.state()}
 
     def _plan(self, stage: Stage) -> _Round:
-        pool, numbers = self.order.next(self.layout.together, stage.mix)
+        pool, numbers = self.order.next(stage.mix)
         planned = _Round(pool, numbers, self.serial, stage)
-        self.serial += self.layout.together
+        self.serial += len(numbers)
         return planned
 
     def _read(self, planned: _Round) -> dict[str, torch.Tensor]:
-        first = self.layout.rank * self.layout.batch
-        return planned.pool.take(planned.numbers[first : first + self.layout.batch], self.device)
+        each = self.order.each(planned.pool)
+        first = self.layout.rank * each
+        return planned.pool.take(planned.numbers[first : first + each], self.device)
 
     def _finish(self, planned: _Round, read: dict[str, torch.Tensor]) -> Batch:
         latents, text = read["latents"], read["text"]
-        stage, first = planned.stage, planned.serial + self.layout.rank * self.layout.batch
-        draws = [sample_draws(self.seed, serial) for serial in range(first, first + self.layout.batch)]
+        each = self.order.each(planned.pool)
+        stage, first = planned.stage, planned.serial + self.layout.rank * each
+        draws = [sample_draws(self.seed, serial) for serial in range(first, first + each)]
         levels = [noise_level(d, stage.noise, stage.shift, stage.sigma_min, stage.sigma_max) for d in draws]
         dropped = [d.drop < self.caption_dropout for d in draws]
         if any(dropped) and self.empty is not None:

@@ -56,10 +56,15 @@ class Model:
 
 @dataclass(frozen=True)
 class DataSet:
-    """One entry of `[[data.sets]]`: an encoded folder and the name by which a stage's `mix` calls it."""
+    """One entry of `[[data.sets]]`: an encoded folder and the name by which a stage's `mix` calls it.
+
+    batch: clips a step on each process where this set gives them, 0 for `[train] batch`: of stills more fit than of
+    clips.
+    """
 
     name: str
     folder: str
+    batch: int = number(0, at_least=0)
 
 
 @dataclass(frozen=True)

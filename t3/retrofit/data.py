@@ -53,7 +53,8 @@ class Reference:
 class Pool:
     """Clips of one set whose latents have one shape. `texts` are padded to `tokens` rows of zeros when taken.
 
-    given: names of the tensors that are read beside latents and text. After `settle` the clips lie on a device, a
+    given: names of the tensors that are read beside latents and text. batch: clips a step on each process, 0 for what
+    the others have. After `settle` the clips lie on a device, a
     tensor for each name, and taking a batch reads no disk.
     """
 
@@ -62,6 +63,7 @@ class Pool:
     clips: list[Reference]
     tokens: int
     given: tuple[str, ...] = ()
+    batch: int = 0
     _held: dict[str, torch.Tensor] = field(default_factory=dict)
     _grey: torch.Tensor | None = None
 
@@ -173,7 +175,7 @@ def open_clips(data: Data, transformer: Mapping[str, Any], tokens: int) -> Clips
             held_out += kept
         for reference in references:
             shape = reference.stored.latents
-            pool = Pool(entry.name, shape, [], tokens, conditioning.tensors)
+            pool = Pool(entry.name, shape, [], tokens, conditioning.tensors, entry.batch)
             pools.setdefault((entry.name, shape), pool).clips.append(reference)
         found = references[0].shards.empty_text()
         empty = found if empty is None else empty
@@ -239,23 +241,30 @@ def _references(
 class Order:
     """Which clips come next, the same on every process. The state is how many each pool has given.
 
-    Each pool gives its clips in an order of its own, every clip once before any a second time.
+    Each pool gives its clips in an order of its own, every clip once before any a second time; `batch` at once on each
+    of `processes`, or as many as the pool itself says.
     """
 
-    def __init__(self, pools: Sequence[Pool], seed: int) -> None:
+    def __init__(self, pools: Sequence[Pool], seed: int, batch: int = 1, processes: int = 1) -> None:
         self.pools = list(pools)
         self.seed = seed
+        self.batch = batch
+        self.processes = processes
         self.batches = 0
         self.given = [0] * len(self.pools)
         self._orders: dict[int, tuple[int, Any]] = {}
 
-    def next(self, count: int, mix: Mapping[str, float]) -> tuple[Pool, list[int]]:
-        """The next `count` clips, all of one pool: numbers in it. `mix`: share of the batches by set, or empty."""
+    def each(self, pool: Pool) -> int:
+        """How many clips of this pool each process takes at once."""
+        return pool.batch or self.batch
+
+    def next(self, mix: Mapping[str, float]) -> tuple[Pool, list[int]]:
+        """The next clips for all processes, of one pool: numbers in it. `mix`: share of the batches by set, if any."""
         weights = np.cumsum([self.weight(pool, mix) for pool in self.pools])
         at = generator(self.seed, POOL, self.batches).random() * weights[-1]
         chosen = int(np.searchsorted(weights, at, side="right"))
         self.batches += 1
-        first = self.given[chosen]
+        first, count = self.given[chosen], self.each(self.pools[chosen]) * self.processes
         self.given[chosen] += count
         return self.pools[chosen], [self._number(chosen, at) for at in range(first, first + count)]
 
@@ -268,7 +277,7 @@ class Order:
     def weight(self, pool: Pool, mix: Mapping[str, float]) -> float:
         """A pool's share of the batches, up to a factor that all have in common."""
         if not mix:
-            return len(pool.clips)
+            return len(pool.clips) / self.each(pool)
         all_of_set = sum(len(other.clips) for other in self.pools if other.name == pool.name)
         return mix.get(pool.name, 0.0) * len(pool.clips) / all_of_set
 

@@ -42,13 +42,19 @@ def describe(config: Config, found: Found, clips: Clips) -> list[str]:
         f"data       {clips.count} clips, {clips.nbytes / GIB:.2f} GiB encoded; {len(clips.held_out)} held out"
     )
     for pool in clips.pools:
-        lines.append(f"           {pool.name}: {len(pool.clips)} of latents {' x '.join(map(str, pool.shape))}")
-    grids = [[_grid(pool.shape, found) for pool in drawn(clips.pools, stage.mix)] for stage in config.stages]
+        at_once = f", {pool.batch} a step and process" if pool.batch else ""
+        lines.append(
+            f"           {pool.name}: {len(pool.clips)} of latents {' x '.join(map(str, pool.shape))}{at_once}"
+        )
+    batches = [
+        [(pool.batch or config.train.batch, _grid(pool.shape, found)) for pool in drawn(clips.pools, stage.mix)]
+        for stage in config.stages
+    ]
     card = torch.cuda.is_available() and config.train.device != "cpu"
     kept = clips.nbytes if stay_on(config.data.resident, clips.nbytes, torch.device("cuda" if card else "cpu")) else 0
     needs = []
-    for stage, of_stage in zip(config.stages, grids, strict=True):
-        largest = max(of_stage, key=lambda grid: grid.tokens)
+    for stage, of_stage in zip(config.stages, batches, strict=True):
+        largest = max(of_stage, key=lambda some: some[0] * some[1].tokens)
         parts = memory(config, stage, shape, everything, trained, largest, clips.conditioning)
         needs.append((sum(parts.values()), {**parts, "clips": float(kept)}, largest))
     lines += _memory_lines(config, *max(needs, key=lambda need: need[0])[1:])
@@ -56,8 +62,8 @@ def describe(config: Config, found: Found, clips: Clips) -> list[str]:
         free, total = torch.cuda.mem_get_info()
         lines.append(f"           this card has {free / GIB:.0f} of {total / GIB:.0f} GiB free")
     rate = matrix_rate(config)
-    for stage, of_stage in zip(config.stages, grids, strict=True):
-        macs = max(step_macs(config, stage, shape, found, grid) for grid in of_stage)
+    for stage, of_stage in zip(config.stages, batches, strict=True):
+        macs = max(step_macs(config, stage, shape, found, *some) for some in of_stage)
         seconds = 2 * macs / (rate * SHARE)
         end = f"{stage.steps:,} steps" if stage.steps else "no number of steps"
         end += f" or {stage.max_seconds:g} s" if stage.max_seconds else ""
@@ -90,13 +96,16 @@ def memory(
     shape: ModelShape,
     everything: int,
     trained: int,
-    grid: Grid,
+    clips: tuple[int, Grid],
     conditioning: Conditioning | None = None,
 ) -> dict[str, float]:
-    """Bytes on one process's device in a stage, by what they are for, without FSDP and clips that wait there."""
+    """Bytes on one process's device in a stage, by what they are for, without FSDP and clips that wait there.
+
+    clips: how many at once, and their tokens.
+    """
     train, full = config.train, config.trainable.what == "everything"
     compute = 2 if train.precision == "bf16" else 4
-    tokens, batch = grid.tokens, train.batch
+    batch, tokens = clips[0], clips[1].tokens
     blocks = shape.layers + len(shape.control_layers)
     block = batch * tokens * (shape.dim * _KEPT + shape.ffn_dim * _KEPT_FFN) * compute
     kept = block * blocks
@@ -124,11 +133,11 @@ def memory(
     return parts
 
 
-def _memory_lines(config: Config, parts: dict[str, float], grid: Grid) -> list[str]:
+def _memory_lines(config: Config, parts: dict[str, float], clips: tuple[int, Grid]) -> list[str]:
     listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
     lines = [
-        f"memory     about {sum(parts.values()) / GIB:.1f} GiB on each process for {config.train.batch} clips of "
-        f"{' x '.join(map(str, grid))} tokens: {listed} GiB"
+        f"memory     about {sum(parts.values()) / GIB:.1f} GiB on each process for {clips[0]} clips of "
+        f"{' x '.join(map(str, clips[1]))} tokens: {listed} GiB"
     ]
     if not config.train.gradient_checkpointing and parts["activations"] > 0.5 * sum(parts.values()):
         lines.append("           gradient_checkpointing = true would keep one block's activations instead of all")
@@ -137,8 +146,9 @@ def _memory_lines(config: Config, parts: dict[str, float], grid: Grid) -> list[s
     return lines
 
 
-def step_macs(config: Config, stage: Stage, shape: ModelShape, found: Found, grid: Grid) -> int:
-    """MACs of one step of one process: forward and backward, what is computed again, and the dense teacher's pass."""
+def step_macs(config: Config, stage: Stage, shape: ModelShape, found: Found, batch: int, grid: Grid) -> int:
+    """MACs of one step of one process with `batch` clips of `grid` tokens: forward and backward, what is computed
+    again, and the dense teacher's pass."""
     partitions = found.plan.partitions(grid, shape.layers)
     partitions = [*partitions, *(partitions[layer] for layer in shape.control_layers)]
     layers = len(partitions)
@@ -157,7 +167,7 @@ def step_macs(config: Config, stage: Stage, shape: ModelShape, found: Found, gri
         total += forward(dense)
     if stage.attention:
         total += layers * products * min(stage.queries, grid.tokens) * grid.tokens
-    return int(total) * config.train.batch * config.train.accumulate
+    return int(total) * batch * config.train.accumulate
 
 
 def matrix_rate(config: Config) -> float:
