@@ -47,7 +47,7 @@ EMBEDDED_DEFAULTS: dict[str, Any] = {
     "width": 320,
     "frames": 21,
     "steps": 25,
-    "cfg": 1.0,
+    "cfg": 2.0,
     "negative_prompt": "",
     "fps": 8,
 }

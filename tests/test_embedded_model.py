@@ -57,8 +57,8 @@ def test_its_plan_and_its_settings_are_its_own(tmp_path):
     assert facts["model"]["name"] == "embedded" and facts["tuned"] == "yes"
     assert facts["plan"]["reason"] == "carried by the weights"
     assert facts["grid"] == [6, 14, 20]
-    # Without guidance.
-    assert facts["forward_passes"] == EMBEDDED_DEFAULTS["steps"]
+    # With guidance.
+    assert EMBEDDED_DEFAULTS["cfg"] > 1 and facts["forward_passes"] == 2 * EMBEDDED_DEFAULTS["steps"]
     assert "No model was named" in done.stderr + done.stdout
 
 

@@ -73,7 +73,7 @@ def test_without_a_model_the_embedded_one_runs_by_its_own_plan(capsys, here, mon
     assert status == 0 and "No model was named" in err
     assert result["model"]["name"] == "embedded" and result["model"]["parameters"] == 7_925_312
     assert (result["tuned"], result["plan"]["name"]) == ("yes", "small-frame")
-    assert result["plan"]["reason"] == "carried by the weights" and result["forward_passes"] == 1
+    assert result["plan"]["reason"] == "carried by the weights" and result["forward_passes"] == 2
     assert result["clips"][0]["prompt"] == generate.EMBEDDED_PROMPT
     with av.open("output/t3-00001.mp4") as container:
         assert container.streams.video[0].average_rate == generate.EMBEDDED_DEFAULTS["fps"]

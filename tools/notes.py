@@ -255,7 +255,8 @@ The loader puts the transformer's own file on the transformer once more. That ch
 along, which ComfyUI's own loader drops.
 
 **Padding**: Wan's models were trained with every prompt padded by zeros to 512 tokens. ComfyUI does it for Wan's own
-encoder; here *Padding* has the 506 that the first prompt lacks, and two nodes set them to zero and append them.
+encoder; here each *Padding* has what its prompt lacks (506 tokens, and 511), and two nodes set them to zero and append
+them.
 
-No guidance (cfg 1), 25 steps, shift 5. Size and length are those it was tuned at: 320x224, 21 frames. It is an early
-stage and follows its prompt roughly."""
+Guidance (cfg) 2, 25 steps, shift 5. Size and length are those it was tuned at: 320x224, 21 frames. It is an early
+stage and follows its prompt roughly: of two or three things it may make one more or less."""

@@ -25,7 +25,8 @@ SHIFT, GUIDANCE = 5.0, 5.0
 STEPS, FRAMES, FPS = DEFAULTS["steps"], DEFAULTS["frames"], DEFAULTS["fps"]
 QUICK_STEPS = 20
 LATENTS = "latents/t3"
-PADDING_WORDS = 505  # and an end token: with the 6 of the embedded model's prompt 512
+# Words and an end token: what the embedded model's prompt of 6 tokens lacks of 512, and the empty one of 1.
+PADDING_WORDS, EMPTY_PADDING_WORDS = 505, 510
 GREEN, RED = ("#232", "#353"), ("#322", "#533")
 PROMPT = (
     "A small wooden sailing boat in a storm, seen from a drone that circles it slowly. Dark green waves with white "
@@ -145,19 +146,23 @@ def small() -> Graph:
     pixels = {name: EMBEDDED_DEFAULTS[name] for name in ("width", "height", "frames")}
     latent = size.add("T3EmptyLatent", size="720p landscape", family=WAN21.family, **pixels)
     prompts = graph.column("Prompt", 420)
-    prompt = prompts.add("CLIPTextEncode", "Prompt", tall=120, color=GREEN, clip=clip["CLIP"], text=EMBEDDED_PROMPT)
-    words = " ".join(["a"] * PADDING_WORDS)
-    padding = prompts.add("CLIPTextEncode", "Padding", tall=120, clip=clip["CLIP"], text=words)
-    zeros = prompts.add("ConditioningZeroOut", conditioning=padding["CONDITIONING"])
-    padded = prompts.add(
-        "ConditioningConcat", conditioning_to=prompt["CONDITIONING"], conditioning_from=zeros["CONDITIONING"]
-    )
+
+    def padded(title: str, color: tuple[str, str], text: str, words: int) -> Link:
+        """A prompt with zeros behind it."""
+        prompt = prompts.add("CLIPTextEncode", title, tall=120, color=color, clip=clip["CLIP"], text=text)
+        padding = prompts.add("CLIPTextEncode", "Padding", tall=120, clip=clip["CLIP"], text=" ".join(["a"] * words))
+        zeros = prompts.add("ConditioningZeroOut", conditioning=padding["CONDITIONING"])
+        both = {"conditioning_to": prompt["CONDITIONING"], "conditioning_from": zeros["CONDITIONING"]}
+        return prompts.add("ConditioningConcat", **both)["CONDITIONING"]
+
+    positive = padded("Prompt", GREEN, EMBEDDED_PROMPT, PADDING_WORDS)
+    negative = padded("Negative prompt", RED, EMBEDDED_DEFAULTS["negative_prompt"], EMPTY_PADDING_WORDS)
     sampling = graph.column("Sample", 380)
     sampler = sampling.add(
         "KSampler",
         model=shifted["MODEL"],
-        positive=padded["CONDITIONING"],
-        negative=zeros["CONDITIONING"],  # not used without guidance
+        positive=positive,
+        negative=negative,
         latent_image=latent["latent"],
         seed=0,
         steps=EMBEDDED_DEFAULTS["steps"],

@@ -14,7 +14,7 @@ from t3.jobs import Clip, Options
 from t3.pipeline import Engine
 from t3.plan import Grid, Plan
 from t3.sources import find_sources
-from tools.workflows import PADDING_WORDS
+from tools.workflows import EMPTY_PADDING_WORDS, PADDING_WORDS
 
 pytest_plugins = ["host_node_fixtures"]
 PROMPT = "a red square moving left"  # 6 tokens, its end included
@@ -84,12 +84,18 @@ def test_a_clip_is_the_same_as_by_the_command_line(pack, nodes, small, clip, eng
     plan = sys.modules[f"{pack.__name__}.t3"].Plan.from_json(engine.plan.to_json())
     tuned = run(nodes["T3Attention"], model=model, custom_plan=plan)[0]
     (shifted,) = ModelSamplingSD3().patch(tuned, 5.0)
-    (zeros,) = host.ConditioningZeroOut().zero_out(encoded(clip, " ".join(["a"] * PADDING_WORDS)))
-    (padded,) = host.ConditioningConcat().concat(encoded(clip, PROMPT), zeros)
-    assert padded[0][0].shape == (1, 512, 768)
+
+    def padded(text, words):
+        (zeros,) = host.ConditioningZeroOut().zero_out(encoded(clip, " ".join(["a"] * words)))
+        (found,) = host.ConditioningConcat().concat(encoded(clip, text), zeros)
+        assert found[0][0].shape == (1, 512, 768)
+        return found
+
+    positive, negative = padded(PROMPT, PADDING_WORDS), padded("", EMPTY_PADDING_WORDS)
     empty = {"samples": torch.zeros(1, 16, 3, HEIGHT // 8, WIDTH // 8)}
-    found = host.common_ksampler(shifted, 7, STEPS, 1.0, "euler", "simple", padded, zeros, empty)[0]["samples"]
-    ours = engine.sample(Clip(PROMPT, "", HEIGHT, WIDTH, FRAMES, STEPS, 1.0, 7))
+    how = (7, STEPS, 2.0, "euler", "simple", positive, negative, empty)
+    found = host.common_ksampler(shifted, *how)[0]["samples"]
+    ours = engine.sample(Clip(PROMPT, "", HEIGHT, WIDTH, FRAMES, STEPS, 2.0, 7))
     assert (found - ours).norm() / ours.norm() < 1e-3
     pixels = engine.vae.decode(ours).sample.clamp(-1, 1)[0].permute(1, 2, 3, 0) / 2 + 0.5
     assert (vae.decode(found) - pixels).abs().max() < 0.02

@@ -140,10 +140,25 @@ def test_the_embedded_model_runs_with_its_own_settings():
     (unet,), (t3,) = of_kind(SMALL, "UNETLoader"), of_kind(SMALL, "T3RetrofitLoader")
     assert t3["file"] == f"diffusion_models/{unet['unet_name']}"
     assert "T3RetrofitLoader" in upstream(SMALL, sampler["model"])
-    prompt, padding = (inputs["text"].split() for inputs in of_kind(SMALL, "CLIPTextEncode"))
-    assert " ".join(prompt) == EMBEDDED_PROMPT
-    # Each of the two ends in a token of its own.
-    assert len(prompt) + 1 + len(padding) + 1 == 512
+    prompts = {name: texts_before(sampler[name]) for name in ("positive", "negative")}
+    assert {name: prompt for name, (prompt, _) in prompts.items()} == {
+        "positive": EMBEDDED_PROMPT,
+        "negative": EMBEDDED_DEFAULTS["negative_prompt"],
+    }
+    for prompt, padding in prompts.values():
+        # Each of the two ends in a token of its own.
+        assert len(prompt.split()) + 1 + len(padding.split()) + 1 == 512
+
+
+def texts_before(link) -> tuple[str, str]:
+    """Of a padded prompt in the small model's workflow: its text, and that of what is set to zero behind it."""
+    joined = API[SMALL][link[0]]
+    assert joined["class_type"] == "ConditioningConcat"
+    zeros = API[SMALL][joined["inputs"]["conditioning_from"][0]]
+    assert zeros["class_type"] == "ConditioningZeroOut"
+    sources = joined["inputs"]["conditioning_to"][0], zeros["inputs"]["conditioning"][0]
+    prompt, padding = (API[SMALL][source]["inputs"]["text"] for source in sources)
+    return prompt, padding
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "image-to-video" in name])
