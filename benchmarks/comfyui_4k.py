@@ -57,6 +57,7 @@ CYCLE = 5  # layers after which a plan's windows repeat
 VAES = {"1.3b": "2.1", "5b": "2.2", "14b-fp8": "2.1"}
 TINY = {"dim": 256, "ffn_dim": 256, "num_heads": 2, "num_layers": 5}
 TINY_LATENT = (6, 34, 60)
+KERNELS = 30  # of a profiled step, that are listed
 
 
 def write_weights(path: Path, sizes: dict, matrices: torch.dtype = torch.bfloat16) -> None:
@@ -114,11 +115,16 @@ def conditions(kind: str, latent) -> dict:
 
 
 class Watch:
-    """A clone of a patcher that notes the batch size of each call, outside what may be compiled, and its seconds."""
+    """A clone of a patcher that notes the batch size of each call, outside what may be compiled, and its seconds.
 
-    def __init__(self, patcher) -> None:
+    profiled: the step, counted from 0, whose kernels `kernels` lists afterwards; None for none.
+    """
+
+    def __init__(self, patcher, profiled: int | None = None) -> None:
         self.batches: list[int] = []
         self.marks: list[float] = []
+        self.profiled = profiled
+        self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
         self.patcher = patcher.clone()
         self.patcher.set_model_unet_function_wrapper(self._call)
 
@@ -129,15 +135,26 @@ class Watch:
     def mark(self, *_) -> None:
         torch.cuda.synchronize()
         self.marks.append(time.perf_counter())
+        if self.profiled == len(self.marks) - 1:
+            self.profiler.start()
+        elif self.profiled == len(self.marks) - 2:
+            self.profiler.stop()
+
+    def kernels(self) -> list[tuple[str, int, float]]:
+        """Name, calls and milliseconds of the kernels of the profiled step that took longest, all others together."""
+        found = sorted(self.profiler.key_averages(), key=lambda of: -of.self_device_time_total)
+        rows = [(of.key[:160], of.count, round(of.self_device_time_total / 1e3, 2)) for of in found]
+        rest = rows[KERNELS:]
+        return [*rows[:KERNELS], ("others", sum(row[1] for row in rest), round(sum(row[2] for row in rest), 2))]
 
     def seconds(self) -> list[float]:
         return [b - a for a, b in zip(self.marks, self.marks[1:], strict=False)]
 
 
-def sample(patcher, latent, steps: int, cfg: float, beside: dict | None = None) -> dict:
+def sample(patcher, latent, steps: int, cfg: float, beside: dict | None = None, *, profiled: bool = False) -> dict:
     """One sampling as KSampler does it; seconds per step, peak memory, how condition and negative were run.
 
-    beside: what the condition and the negative hold beside the text.
+    beside: what the condition and the negative hold beside the text. profiled: one step more, with its kernels.
     """
     import comfy.model_management
     import comfy.sample
@@ -147,12 +164,13 @@ def sample(patcher, latent, steps: int, cfg: float, beside: dict | None = None) 
     latent = torch.zeros(latent)
     noise = comfy.sample.prepare_noise(latent, 1)
     conds = [[[text, held | (beside or {})] for text, held in cond] for cond in text_conds()]
-    watch = Watch(patcher)
+    watch = Watch(patcher, steps if profiled else None)
     watch.mark()
+    steps += profiled
     out = comfy.sample.sample(
         watch.patcher, noise, steps, cfg, "euler", "simple", *conds, latent, seed=1, callback=watch.mark
     )
-    seconds = watch.seconds()
+    seconds = watch.seconds()[: steps - profiled]
     assert torch.isfinite(out).all(), "sampling gave values that are not numbers"
     return {
         # Loading the model is part of the first step.
@@ -160,6 +178,7 @@ def sample(patcher, latent, steps: int, cfg: float, beside: dict | None = None) 
         "step_s": round(statistics.median(seconds[1:]), 2) if seconds[1:] else None,
         "batches": watch.batches,
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        **({"kernels": watch.kernels()} if profiled else {}),
     }
 
 
@@ -237,8 +256,10 @@ def sample_and_decode(pack, patcher, latent, vae: str, tiny: bool) -> dict:
     }
 
 
-def measure(pack, name: str, tiny: bool, only: list[str], layers: int | None, keep: Callable[[dict], None]) -> None:
-    """`keep` gets all rows so far after each."""
+def measure(
+    pack, name: str, tiny: bool, only: list[str], layers: int | None, profiled: bool, keep: Callable[[dict], None]
+) -> None:
+    """`keep` gets all rows so far after each. profiled: the plain forward and the compiled one are."""
     import comfy.sd
     from comfy_extras.nodes_torch_compile import TorchCompileModel
 
@@ -290,7 +311,7 @@ def measure(pack, name: str, tiny: bool, only: list[str], layers: int | None, ke
             for way in estimating.ways(model.model.diffusion_model)
         }
         runs = {
-            "one forward a step (cfg 1)": lambda: sample(patched, latent, 4, 1.0),
+            "one forward a step (cfg 1)": lambda: sample(patched, latent, 4, 1.0, profiled=profiled),
             "guidance (cfg 5)": lambda: sample(patched, latent, 3, 5.0),
             "memory fast": lambda: sample(t3(model, memory="fast"), latent, 3, 1.0),
             "memory lean": lambda: sample(t3(model, memory="lean"), latent, 3, 1.0),
@@ -302,7 +323,9 @@ def measure(pack, name: str, tiny: bool, only: list[str], layers: int | None, ke
             "the host's attention in windows": lambda: sample(t3(pass_through(model)), latent, 3, 1.0),
             "one block of all dense": lambda: sample(t3(model, dense_blocks="1"), latent, 2, 1.0),
             "weights in fp8": lambda: sample(t3(load(torch.float8_e4m3fn)), latent, 3, 1.0),
-            "torch.compile": lambda: sample(TorchCompileModel.execute(patched, "inductor").result[0], latent, 3, 1.0),
+            "torch.compile": lambda: sample(
+                TorchCompileModel.execute(patched, "inductor").result[0], latent, 3, 1.0, profiled=profiled
+            ),
             "cancel_s": lambda: cancel(patched, latent, 0.1 if tiny else 4.0),
         }
         # The other kinds are those of the latents of Wan2.1.
@@ -364,6 +387,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer layers than the model has; the estimate of time is yours")
     parser.add_argument("--cap", type=float, metavar="GIB", help="of the card's memory, what this process may take")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="rows whose name has one of these words")
+    parser.add_argument("--profile", action="store_true", help="the kernels of one step more, for the first rows")
     options = parse_with_out(parser, card=True)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if options.dynamic_vram:
@@ -386,7 +410,7 @@ def main() -> None:
                 results[name] = rows
                 save(options.out, results)
 
-            measure(pack, name, options.tiny, options.only, options.layers, keep)
+            measure(pack, name, options.tiny, options.only, options.layers, options.profile, keep)
 
 
 if __name__ == "__main__":
