@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -10,7 +11,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ class Stopwatch:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
-    @contextmanager
+    @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Count the time of a `with` block towards `name`."""
         start = time.perf_counter()
@@ -111,6 +111,23 @@ def _peak_host_memory() -> int:
 def say(text: str) -> None:
     """One line for the person watching, on standard error: standard output is for results."""
     print(text, file=sys.stderr, flush=True)
+
+
+def print_json(value: Any, indent: int | None = None) -> None:
+    """A result for programs, on standard output. What its encoding lacks is escaped as JSON escapes it: Windows writes
+    into pipes in the encoding of the place, and bytes of a name that are no UTF-8 are in none."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=indent)
+    print(text)
+
+
+def let_words_through() -> None:
+    """Have characters that the encoding of standard output lacks escaped there, as on standard error."""
+    with contextlib.suppress(AttributeError, ValueError):  # something that stands in for it, or is closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
 def quiet_libraries() -> None:
@@ -150,6 +167,7 @@ def run(name: str, command: Callable[[], int], *, as_json: bool) -> int:
     def stop(signum, frame):
         raise KeyboardInterrupt
 
+    let_words_through()
     if hasattr(signal, "SIGTERM"):
         signal.signal(signal.SIGTERM, stop)
     try:
@@ -182,5 +200,5 @@ def report(name: str, message: str, status: int, as_json: bool) -> int:
     """Say why a command ended with `status`, which is returned; in JSON as well, if that was asked for."""
     say(f"{name}: {message}")
     if as_json:
-        print(json.dumps({"ok": False, "error": message, "status": status}, ensure_ascii=False))
+        print_json({"ok": False, "error": message, "status": status})
     return status

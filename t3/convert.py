@@ -223,7 +223,7 @@ def _write(args: argparse.Namespace, found: Identity, out: Respelled, names: str
             "notes": out.notes,
             **more,
         }
-        print(json.dumps(result, ensure_ascii=False, indent=2))
+        cli.print_json(result, indent=2)
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,7 +99,7 @@ def _decode(args: argparse.Namespace, world: World) -> int:
             "seconds": watch.seconds,
             "peak_memory_bytes": cli.peak_memory(),
         }
-        print(json.dumps(result, ensure_ascii=False, indent=2))
+        cli.print_json(result, indent=2)
     return 0
 
 

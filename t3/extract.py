@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,7 +87,7 @@ def _extract(args: argparse.Namespace) -> int:
     for line in _summary(args, result):
         cli.say(line)
     if args.json:
-        print(json.dumps(result.to_json(), ensure_ascii=False, indent=2))
+        cli.print_json(result.to_json(), indent=2)
     return 0
 
 

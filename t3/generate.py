@@ -321,7 +321,7 @@ def _sample_all(
 
 def _print_result(result: dict[str, Any], args: argparse.Namespace, world: World) -> None:
     if args.json and world.is_first:
-        print(json.dumps(result, ensure_ascii=False, indent=2))
+        cli.print_json(result, indent=2)
 
 
 if __name__ == "__main__":

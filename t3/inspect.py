@@ -41,7 +41,7 @@ def _inspect(args: argparse.Namespace) -> int:
     except T3Error as error:
         facts = _nothing_known(args.file, str(error))
     if args.json:
-        print(json.dumps(facts, ensure_ascii=False, indent=2))
+        cli.print_json(facts, indent=2)
     else:
         for line in fact_lines(facts):
             print(line)

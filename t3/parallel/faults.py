@@ -233,6 +233,7 @@ def run(name: str, command: Callable[[World], int], *, as_json: bool) -> int:
     if world.size == 1:
         return cli.run(name, lambda: command(world), as_json=as_json)
     world.name = name
+    cli.let_words_through()
     # A store that is gone is said in words, not in torch's traces of C++.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not world.is_first:
@@ -317,7 +318,7 @@ def leave(status: int) -> None:
 
 
 def _print_end(text: str, status: int) -> None:
-    print(json.dumps({"ok": False, "error": text, "status": status}, ensure_ascii=False))
+    cli.print_json({"ok": False, "error": text, "status": status})
 
 
 def _say_end(name: str, text: str, status: int, error: BaseException, as_json: bool) -> int:
