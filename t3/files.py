@@ -10,11 +10,13 @@ import contextlib
 import fnmatch
 import glob
 import itertools
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from .errors import T3Error
 
@@ -328,3 +330,14 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def utf8_text(text: str) -> str:
+    """What UTF-8 can hold of a text: halves of characters, and bytes of a path that are no UTF-8, as `\\ud83d`."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON that UTF-8 can hold, with characters as they are: halves of characters, as `\\ud83d`, are escaped."""
+    # They stand inside of strings, where this is how JSON escapes them too.
+    return utf8_text(json.dumps(value, ensure_ascii=False, indent=indent))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import T3Error
-from .files import atomic_path, check_output
+from .files import atomic_path, check_output, json_text, utf8_text
 
 if TYPE_CHECKING:
     import torch
@@ -135,12 +135,12 @@ def _encode_metadata(metadata: Mapping[str, Any] | None) -> dict[str, str]:
     for key, value in (metadata or {}).items():
         if key == OUR_KEY:
             try:
-                value = json.dumps(value, ensure_ascii=False)
+                value = json_text(value)
             except (TypeError, ValueError) as error:
                 raise T3Error(f"The metadata {OUR_KEY!r} cannot be stored as JSON: {error}.") from error
         if not isinstance(key, str) or not isinstance(value, str):
             raise T3Error(f"The metadata {key!r} is no string. Put values of other types under {OUR_KEY!r}.")
-        text[key] = value
+        text[key] = utf8_text(value)
     return text
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from .audio import Audio, AudioTrack
 from .errors import T3Error
-from .files import atomic_folder, atomic_path, check_output, check_output_folder, reason
+from .files import atomic_folder, atomic_path, check_output, check_output_folder, json_text, reason, utf8_text
 
 if TYPE_CHECKING:
     import numpy
@@ -157,7 +157,7 @@ class _Writer:
         self.crf = _CRF[self.codec] if crf is None else crf
         self.overwrite = overwrite
         self.metadata = {
-            str(key): value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            str(key): utf8_text(value) if isinstance(value, str) else json_text(value)
             for key, value in (metadata or {}).items()
         }
         self.frames_written = 0  # how many frames were handed over so far

@@ -42,6 +42,15 @@ def test_round_trip(place, shape, dtype):
     assert read == metadata
 
 
+def test_half_a_character_is_kept(place):
+    """As in a prompt of broken JSON, or in a path of bytes that are no UTF-8."""
+    metadata = {"t3": {"prompt": "a \ud83d 影", "image": "caf\udce9.png"}}
+    path = save_latents(place / "a.latent", torch.randn(SHAPE), metadata=metadata)
+    assert load_latents(path)[1] == metadata
+    save_latents(place / "b.latent", torch.randn(SHAPE), metadata={"prompt": "a \ud83d 影"})
+    assert load_latents(place / "b.latent")[1] == {"prompt": r"a \ud83d 影"}
+
+
 def test_layout_is_the_hosts(place):
     latents = torch.randn(SHAPE)
     save_latents(place / "a.latent", latents, metadata={"t3": {"seed": 1}})

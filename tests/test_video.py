@@ -72,6 +72,20 @@ def to_rgb(frame, depth):
     return np.stack([r, (luma - KR * r - KB * b) / (1 - KR - KB), b], -1)
 
 
+@pytest.mark.parametrize("path", ["a.mp4", "a.mkv", "a"])
+def test_half_a_character_is_kept(place, path):
+    """As in a prompt of broken JSON, or in a path of bytes that are no UTF-8."""
+    about = {"prompt": "a \ud83d 影", "image": "caf\udce9.png"}
+    with video.open_writer(place / path, metadata={"t3": about, "note": "half \ud83d 影"}, **SETTINGS) as writer:
+        writer.write(noise(1))
+    if path == "a":
+        stored = json.loads((place / "a" / "metadata.json").read_text(encoding="utf-8"))
+    else:
+        with av.open(str(place / path)) as container:
+            stored = {key.lower(): value for key, value in container.metadata.items()}
+    assert json.loads(stored["t3"]) == about and stored["note"] == r"half \ud83d 影"
+
+
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".MOV"])
 @pytest.mark.parametrize(("codec", "decoder"), [("h264", "h264"), ("h265", "hevc")])
 @pytest.mark.parametrize("depth", [8, 10])

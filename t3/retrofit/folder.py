@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..claims import Claim, holder_at, take_folder
 from ..errors import T3Error
-from ..files import atomic_path, reason
+from ..files import atomic_path, json_text, reason
 
 if TYPE_CHECKING:
     import torch
@@ -71,13 +71,6 @@ def told(file: Path) -> Iterator[None]:
             f"{file} could not be written ({reason(error)}). Free space on that disk and run the same command again: "
             "it goes on where this one stopped."
         ) from error
-
-
-def json_text(value: Any, indent: int | None = None) -> str:
-    """JSON that UTF-8 can hold, with characters as they are: halves of characters, as `\\ud83d`, are escaped."""
-    text = json.dumps(value, ensure_ascii=False, indent=indent)
-    # They stand inside of strings, where this is how JSON escapes them too.
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def write_index(folder: Path, index: Mapping[str, Any]) -> None:

@@ -28,13 +28,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import T3Error
-from ..files import atomic_path
+from ..files import atomic_path, json_text
 from .folder import (
     GREY,
     INDEX,
     VERSION,
     WriterLock,
-    json_text,
     read_greys,
     read_index,
     size_name,
