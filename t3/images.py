@@ -26,17 +26,19 @@ def load_image(path: Path, height: int, width: int) -> Image.Image:
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(_eight_bit(image, path)).convert("RGB")
+    except (T3Error, MemoryError):
+        raise
     except FileNotFoundError:
         raise T3Error(f"the image {path} does not exist.") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL raises SyntaxError for broken PNGs
+    except Exception as error:  # for a damaged file each of PIL's readers has its own, RuntimeError and ValueError too
         raise T3Error(f"{path} cannot be read as an image: {error}.") from None
     return ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS)
 
 
 def _eight_bit(image: Image.Image, path: Path) -> Image.Image:
     """Grey images of 16 bits in 8, which `convert` would cut off at 255. Raises `T3Error` for wider numbers."""
-    # A PNG has no more than 16 bits; some releases of PIL open those as wider numbers.
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+    # These have no more than 16 bits, of which PIL makes wider numbers: of PGM always, of PNG in some releases.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return image.convert("I").point(lambda value: value / 257).convert("L")
     if image.mode in ("I", "F"):
         raise T3Error(f"{path} has pixels of 32 bits, whose range is not known. Save it with 8 or 16 bits.")
