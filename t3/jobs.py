@@ -348,7 +348,8 @@ def _stored_latents(path: Path, metadata: dict[str, Any]):
 
 def _how_to_decode(engine: Engine, stored: Path) -> str:
     sources = engine.sources
-    vae = sources.vae_file or (sources.folder / "vae" if sources.folder else "VAE")
+    folder = sources.folder_now
+    vae = sources.vae_file or (folder / "vae" if folder else "VAE")
     return f'Decode them with: python -m t3.decode "{stored}" --vae "{vae}" --out FILE'
 
 

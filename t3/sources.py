@@ -113,13 +113,18 @@ class Sources:
         """The LoRAs of one expert, counted from 0: those for all, and its own."""
         return [adapter for adapter in self.loras if adapter.expert in (None, expert)]
 
+    @property
+    def folder_now(self) -> Path | None:
+        """`folder`; of a hub id that was downloaded since these were found, where it lies."""
+        return self.folder or (_cached(self.hub_id) if self.hub_id else None)
+
     def fingerprint(self) -> list[list]:
         """Path, size and time of change of every file that decides what is sampled, and of adapters the strength and
         whom they are for: equal when the weights are."""
         files: list[tuple] = [(path, 1.0) for path in (*self.dits, self.text_encoder) if path]
         files += [(one.path, one.strength, one.expert) for one in (*self.t3_weights, *self.loras)]
-        if self.folder:
-            files += [(path, 1.0) for path in sorted(self.folder.glob("transformer*/*.safetensors"))]
+        if folder := self.folder_now:
+            files += [(path, 1.0) for path in sorted(folder.glob("transformer*/*.safetensors"))]
         return [[str(path), path.stat().st_size, path.stat().st_mtime_ns, *how] for path, *how in files]
 
     def describe(self) -> list[str]:
