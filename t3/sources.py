@@ -217,6 +217,7 @@ def find_merge(base: str | Path, t3_weights: Sequence[str] = (), loras: Sequence
 
 
 def _in_force(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """Those that change anything: what is at strength 0 says nothing of the weights that run."""
     return [adapter for adapter in adapters if adapter.strength]
 
 
@@ -238,7 +239,7 @@ def _finish(
         if texts and experts < 2:
             raise T3Error(f"--lora-{name} is for one of two experts, and {base['name']} is one model: use --lora.")
         lora_files += tuple(replace(open_adapter(text, f"--lora-{name}", transformer), expert=expert) for text in texts)
-    carried = carried_plan(tuned_files, lora_files, base.pop("plans", []))
+    carried = carried_plan(_in_force(tuned_files), _in_force(lora_files), base.pop("plans", []))
     base.update(carried)
     return Sources(
         **base,

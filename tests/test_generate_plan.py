@@ -34,6 +34,16 @@ def test_weights_bring_their_plan(tmp_path, tiny_model):
     assert plan.name == "wan2.1-4k" and "released plan" in reason and tuned == "cannot tell"
 
 
+def test_what_is_not_applied_has_no_say(tmp_path, tiny_model):
+    """At strength 0 the weights are the base's: not tuned, so that the warning of noise is due."""
+    one, two = weights(tmp_path, "one.safetensors", ONE), weights(tmp_path, "two.safetensors", TWO)
+    for files in ({"t3_weights": [f"{one}:0"]}, {"loras": [f"{one}:0"]}):
+        plan, _, tuned = settle(tiny_model, **files)
+        assert plan.name == "wan2.1-4k" and tuned == "cannot tell"
+    assert settle(tiny_model, t3_weights=[f"{one}:0"], loras=[two])[0] == TWO
+    assert find_sources(model=str(tiny_model), loras=[f"{one}:0"]).loras[0].strength == 0
+
+
 def test_a_diffusers_folder_brings_its_plan(tmp_path):
     folder = build("t2v", tmp_path / "model")
     file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
