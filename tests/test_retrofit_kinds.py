@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from retrofit_fixtures import PLAN, SHAPE, make_transformer, write_clips, write_config, write_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_retrofit_objectives import GRID, ROWS, Masked, layer_masks, mse
 
 from t3 import Plan
@@ -18,7 +18,7 @@ from t3.retrofit.conditioning import TEXT_BESIDE_IMAGE, Conditioning
 from t3.retrofit.config import Data, DataSet, Model, Stage, Trainable, Validation, parse_config
 from t3.retrofit.data import open_clips
 from t3.retrofit.loop import Loop
-from t3.retrofit.model import at_its_noise, find
+from t3.retrofit.model import at_its_noise, find, load
 from t3.retrofit.objectives import LOSSES, Batch, Objective
 from t3.retrofit.operator import Operator, install
 from t3.retrofit.teacher import Teacher
@@ -334,6 +334,25 @@ def test_one_file_of_an_expert_is_told_where_its_noise_ends(tmp_path):
         find(Model(dit=(file,), part="transformer_2"))
     assert find(Model(dit=(file,), part="transformer_2", boundary=0.9)).noise_range == (0.0, 0.9)
     assert find(Model(dit=(file,))).noise_range == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(("part", "at", "low", "high"), [("transformer", 0, 0.9, 1.0), ("transformer_2", 1, 0.0, 0.9)])
+def test_of_two_lone_files_the_named_expert_is_trained(tmp_path, part, at, low, high):
+    """As with the VAE beside them, high noise first."""
+    write_model(tmp_path / "model", "a14b-i2v")
+    folders = [tmp_path / "model" / name for name in ("transformer", "transformer_2")]
+    files = tuple(str(folder / "diffusion_pytorch_model.safetensors") for folder in folders)
+    changed = {name: tensor + 1 for name, tensor in load_file(files[1]).items()}
+    save_file(changed, files[1])
+    for boundary in (None, 0.9):
+        asked = Model(dit=files, part=part, **({"boundary": boundary} if boundary else {}))
+        found = find(asked)
+        assert found.noise_range == (low, high)
+        loaded = load(found, torch.float32).state_dict()
+        for name, tensor in load_file(files[at]).items():
+            torch.testing.assert_close(loaded[name], tensor, rtol=0, atol=0)
+    with pytest.raises(T3Error, match="3 files are named as dit"):
+        find(Model(dit=(*files, files[0])))
 
 
 # --- what data may lack -------------------------------------------------------------------------------------------

@@ -77,12 +77,21 @@ def _sources(asked: Model) -> Sources:
     if asked.source or not asked.dit or asked.vae:
         return find_sources(model=asked.source or None, dit=asked.dit, **parts, **applied)
     # Training on encoded clips needs the transformer alone; what its VAE is follows from its channels.
-    file = open_weights(asked.dit[0])
-    found = identify(file)
-    require(found, "dit", "dit")
-    assert found.config is not None
-    vae = known_config("wan2.2-vae" if found.config["out_channels"] == 48 else "wan2.1-vae")
-    alone = Sources(found.model, found.config, vae, dits=tuple(map(Path, asked.dit)), plan_json=found.plan)
+    if len(asked.dit) > 2:
+        raise T3Error(f"[model] {len(asked.dit)} files are named as dit; name one, or A14B's two, high noise first.")
+    files = [identify(open_weights(path)) for path in asked.dit]
+    for found in files:
+        require(found, "dit", "dit")
+    configs = [found.config for found in files]
+    if configs[0] != configs[-1]:
+        names = f"{files[0].model}, {files[-1].model}"
+        raise T3Error(f"[model] the two dit files differ in shape ({names}): they are no experts of one model.")
+    config, found = configs[0], files[-1 if asked.part == "transformer_2" else 0]
+    assert config is not None
+    vae = known_config("wan2.2-vae" if config["out_channels"] == 48 else "wan2.1-vae")
+    dits = tuple(map(Path, asked.dit))
+    # Where there are two, `load` takes the one that is trained.
+    alone = Sources(found.model, config, vae, dits=dits, experts=len(dits), plan_json=found.plan)
     if any(applied.values()):
         raise T3Error("[model] t3_weights and loras on a lone dit need vae and text_encoder too, to be checked.")
     return alone
