@@ -20,8 +20,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from t3 import Plan
 from t3.claims import take
 from t3.processor import install_t3
-from t3.retrofit import checkpoint
+from t3.retrofit import checkpoint, samples
 from t3.retrofit.command import main
+from t3.retrofit.finish import Finish
 from t3.retrofit.loop import Loop
 from t3.sources import find_sources
 from t3.weights import apply_weights, identify, open_weights
@@ -442,3 +443,25 @@ def test_a_torch_without_muon_is_told_before_any_step(run, monkeypatch, capsys):
     monkeypatch.delattr(torch.optim, "Muon", raising=False)
     assert run(train={"optimizer": "muon"})[0] == 2
     assert 'is "muon", which comes with torch 2.9' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [OSError("disk"), torch.OutOfMemoryError("CUDA out of memory. Tried\nto allocate")])
+def test_samples_that_fail_do_not_end_the_run(tmp_path, monkeypatch, error):
+    """A clip to look at may well be larger than those that are trained on."""
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(samples, "sample", fail)
+    said: list[str] = []
+    finish = object.__new__(Finish)
+    finish.session = SimpleNamespace(
+        config=SimpleNamespace(samples=SimpleNamespace(prompts=["a dot"])),
+        accelerator=SimpleNamespace(device=torch.device("cpu")),
+        say=said.append,
+    )
+    finish.folder, finish.sampler, finish.words = tmp_path, object(), None
+    finish.aside, finish.took = lambda seconds: None, {}
+    finish.sample(7)
+    assert len(said) == 1 and said[0].startswith("step 7: no samples: ") and "\n" not in said[0]
+    assert set(finish.took) == {"samples"}

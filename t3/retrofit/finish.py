@@ -95,6 +95,12 @@ class Finish:
             if self.sampler is not None:
                 try:
                     sample(self.session, self.sampler, self.folder / "samples" / f"step-{step:08}")
+                except torch.OutOfMemoryError as error:
+                    what = str(error).partition("\n")[0]
+                    self.session.say(
+                        f"step {step}: no samples: out of memory: {what} A smaller height, width or frames in "
+                        "[samples] needs less."
+                    )
                 except (T3Error, OSError) as error:
                     self.session.say(f"step {step}: no samples: {error}")
             if self.words is not None:
