@@ -175,6 +175,7 @@ def settle(args: argparse.Namespace) -> tuple[Sources, Plan, str, Grid]:
         loras=args.lora,
         expert_loras=(args.lora_high, args.lora_low),
     )
+    sources.check_experts()
     for name, value in (EMBEDDED_DEFAULTS if sources.embedded else DEFAULTS).items():
         if getattr(args, name) is None:
             setattr(args, name, value)

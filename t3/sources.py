@@ -109,6 +109,16 @@ class Sources:
     def needs_image_encoder(self) -> bool:
         return self.transformer.get("image_dim") is not None
 
+    def check_experts(self) -> None:
+        """Raise `T3Error` where one whole model would take the place of both experts. Changes may serve both."""
+        whole = [one for one in self.t3_weights if one.strength and one.identity.form == "full"]
+        if self.experts > len(self.t3_weights) and whole:
+            raise T3Error(
+                f"--t3-weights {whole[0].path} is a whole model, and {self.name} is two, each for its own noise: it "
+                "would take the place of both. Instead give --t3-weights twice, high noise first; for one that is "
+                "to stay as it is, its own file."
+            )
+
     def loras_of(self, expert: int) -> list[Adapter]:
         """The LoRAs of one expert, counted from 0: those for all, and its own."""
         return [adapter for adapter in self.loras if adapter.expert in (None, expert)]

@@ -110,6 +110,18 @@ def test_both_experts_sample_and_take_weights_of_their_own(capsys, here, models)
     assert not torch.allclose(high, low, atol=1e-3) and not torch.allclose(both, high, atol=1e-3)
 
 
+def test_one_whole_model_is_not_put_in_the_place_of_both_experts(capsys, here, models):
+    """Each is for its own noise: with one for all of it a clip is spoilt, and nothing looks wrong before."""
+    folder = models("a14b-t2v")
+    high, low = (str(folder / part) for part in ("transformer", "transformer_2"))
+    arguments = [*TINY, "--model", str(folder), "--out", "clip.mp4", "--dry-run"]
+    assert generate.main([*arguments, "--t3-weights", high]) == 2
+    said = capsys.readouterr().err
+    assert f"--t3-weights {high} is a whole model" in said and "give --t3-weights twice, high noise first" in said
+    assert generate.main([*arguments, "--t3-weights", f"{high}:0"]) == 0
+    assert generate.main([*arguments, "--t3-weights", high, "--t3-weights", low]) == 0
+
+
 def test_two_files_are_the_experts_of_one_model(capsys, here, models):
     folder = models("a14b-t2v")
     files = [folder / part / "diffusion_pytorch_model.safetensors" for part in ("transformer", "transformer_2")]
