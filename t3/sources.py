@@ -131,10 +131,15 @@ class Sources:
     def fingerprint(self) -> list[list]:
         """Path, size and time of change of every file that decides what is sampled, and of adapters the strength and
         whom they are for: equal when the weights are."""
-        files: list[tuple] = [(path, 1.0) for path in (*self.dits, self.text_encoder) if path]
+        # There the VAE makes latents of images before it is asked to decode any.
+        vae = (self.vae_file,) if self.takes_last_image else ()
+        alone = (*self.dits, self.text_encoder, self.tokenizer, self.image_encoder, *vae)
+        files: list[tuple] = [(path, 1.0) for path in alone if path]
         files += [(one.path, one.strength, one.expert) for one in (*self.t3_weights, *self.loras)]
         if folder := self.folder_now:
-            files += [(path, 1.0) for path in sorted(folder.glob("transformer*/*.safetensors"))]
+            parts = ["transformer*", "text_encoder", "image_encoder", *(["vae"] if self.takes_last_image else [])]
+            files += [(path, 1.0) for part in parts for path in sorted(folder.glob(f"{part}/*.safetensors"))]
+            files += [(path, 1.0) for path in sorted(folder.glob("tokenizer/*")) if path.is_file()]
         return [[str(path), path.stat().st_size, path.stat().st_mtime_ns, *how] for path, *how in files]
 
     def describe(self) -> list[str]:

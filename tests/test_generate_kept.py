@@ -1,5 +1,6 @@
 """Latents that wait on disk for their decode: what takes them up again, what does not, and that none are lost."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from small_models import build
 from t3 import decode, jobs
 from t3.latents import load_latents
 from t3.pipeline import Engine
+from t3.sources import find_sources
 
 
 @pytest.fixture
@@ -144,3 +146,23 @@ def test_another_picture_under_the_same_name_is_sampled_from(capsys, here, monke
     status, result, err = run(capsys, *asked)
     assert status == 0 and "sampled before" in err and "sample" not in result["seconds"]
     assert Path("clip.latent").exists() and not Path("clip-2.latent").exists()
+
+
+@pytest.mark.parametrize("kind", ["t2v", "vace"])
+def test_latents_are_of_the_model_s_files_as_they_were(tmp_path, kind):
+    """Of all that decide what is sampled: whoever puts another text encoder there must not get the old clip."""
+    folder = build(kind, tmp_path / "model")
+
+    def marks():
+        return find_sources(model=str(folder)).fingerprint()
+
+    before = marks()
+    assert before == marks()
+    seen = set()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        os.utime(path, ns=(1, 1))
+        after = marks()
+        if after != before:
+            seen.add(path.parent.name)
+        before = after
+    assert seen == {"transformer", "text_encoder", "tokenizer"} | ({"vae"} if kind == "vace" else set())
