@@ -63,10 +63,10 @@ class T3FeedForward(StandIn):
     """Stands in for the `forward` of a block's feed-forward where the block runs whole: compiled, or of few tokens."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """As `Sequential.forward`; the GELU goes with the product before it where that can be."""
+        """As the module's own forward; the GELU goes with the product before it where that can be."""
         ffn: Any = self.module
         if not _known_feed_forward(ffn):
-            return torch.nn.Sequential.forward(ffn, x)
+            return type(ffn).forward(ffn, x)
         up, _, down = ffn
         return feed_forward(x, up, down)
 

@@ -140,7 +140,7 @@ def install(model, settings: Settings) -> list[str]:
     if found.left_dense:
         notes.append(f"Stay dense, being attention of another kind: {', '.join(found.left_dense)}.")
     free, notes_on_blocks = _free_blocks(model, wan.blocks(diffusion_model))
-    _put(model, found.windowed, free, Installation(settings))
+    _put(model, found.windowed, free, [b for b in free if _keeps_feed_forward(model, b)], Installation(settings))
     if cast := have_weights_cast(model):
         notes.append(cast)
     return notes + notes_on_blocks
@@ -167,8 +167,25 @@ def settings_of(model) -> Settings | None:
     return None if found is None else found.settings
 
 
-def _put(model, attentions: list[wan.SelfAttention], blocks: list[wan.Block], installation: Installation) -> None:
-    """Patches for these modules, and wrappers and callbacks for this installation in place of former ones."""
+def _keeps_feed_forward(model, block: wan.Block) -> bool:
+    """Whether nobody else has patched a block's feed-forward: its forward, or the module itself."""
+    module = f"{wan.PREFIX}{block.path}.ffn"
+    former = model.object_patches.get(f"{module}.forward")
+    # Of a module that is itself a patch, the host could not take off a patch inside: it would hit what stood there.
+    return module not in model.object_patches and (former is None or is_ours(former))
+
+
+def _put(
+    model,
+    attentions: list[wan.SelfAttention],
+    blocks: list[wan.Block],
+    feed_forwards: list[wan.Block],
+    installation: Installation,
+) -> None:
+    """Patches for these modules, and wrappers and callbacks for this installation in place of former ones.
+
+    feed_forwards: the blocks whose feed-forward is to be patched.
+    """
     for attention in attentions:
         model.add_object_patch(
             _key(attention.path), T3SelfAttention(attention.module, attention.layer, installation).forward
@@ -176,10 +193,10 @@ def _put(model, attentions: list[wan.SelfAttention], blocks: list[wan.Block], in
     for block in blocks:
         kind = T3VaceBlock if hasattr(block.module, "after_proj") else T3Block
         model.add_object_patch(_key(block.path), kind(block.module, block.layer, installation).forward)
-        ffn = _key(f"{block.path}.ffn")
-        if ffn not in model.object_patches or is_ours(model.object_patches[ffn]):
-            patch = T3FeedForward(block.module.ffn, block.layer, installation)
-            model.add_object_patch(ffn, patch.forward)
+    for block in feed_forwards:
+        path = f"{block.path}.ffn"
+        ffn = model.get_model_object(wan.PREFIX + path)
+        model.add_object_patch(_key(path), T3FeedForward(ffn, block.layer, installation).forward)
     wrappers = {
         WrappersMP.APPLY_MODEL: partial(_apply_model, installation),
         WrappersMP.PREPARE_SAMPLING: partial(estimate.prepare_sampling, installation.settings.memory),
@@ -198,12 +215,13 @@ def _rebuild(installation: Installation, old, new) -> None:
         return
     fresh = new.model.diffusion_model
 
-    def ours(found: list) -> list:
-        return [part for part in found if is_ours(new.object_patches.get(_key(part.path)))]
+    def ours(found: list, inside: str = "") -> list:
+        return [part for part in found if is_ours(new.object_patches.get(_key(part.path + inside)))]
 
-    attentions, blocks = ours(wan.self_attentions(fresh).windowed), ours(wan.blocks(fresh))
+    attentions, blocks = wan.self_attentions(fresh).windowed, wan.blocks(fresh)
     fresh_installation = Installation(installation.settings)
-    _put(new, attentions, blocks, fresh_installation)
+    # A block that is somebody else's by now may have a feed-forward that is still ours.
+    _put(new, ours(attentions), ours(blocks), ours(blocks, ".ffn"), fresh_installation)
     if cast := have_weights_cast(new):
         fresh_installation.say(cast)
 

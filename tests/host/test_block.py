@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import host_blocks
 import host_models
 import pytest
@@ -373,3 +375,54 @@ def test_the_claimed_memory_is_the_memory_held(t3, monkeypatch, heads, parts):
     slack = 12 * rows * DIM * 4 + shape.tensor * (heads or HEADS) / HEADS
     assert 0.6 * claimed <= most <= claimed + slack
     assert most < plain
+
+
+@pytest.mark.parametrize("alike", [False, True], ids=["of its own kind", "of the host's kind"])
+def test_a_feed_forward_module_of_another_node_stays(pack, alike):
+    """The whole module is patched, not its forward, before T3: the new one runs, and goes when it is taken off."""
+
+    class Halved(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return 0.5 * self.inner(x)
+
+    model, reference = host_models.patcher("t2v"), host_models.patcher("t2v")
+    ffn = model.model.diffusion_model.blocks[0].ffn
+    down = torch.nn.Linear(ffn[2].in_features, ffn[2].out_features)
+    module = torch.nn.Sequential(ffn[0], ffn[1], down) if alike else Halved(ffn)
+    x, text = torch.randn(1, 16, 6, 12, 12), torch.randn(1, 7, 48)
+    reference.model.diffusion_model.blocks[0].ffn = module
+    expected = forward_pass(with_t3(pack, reference)[0], x, text=text)
+    other = model.clone()
+    other.add_object_patch("diffusion_model.blocks.0.ffn", module)
+    plain = forward_pass(model, x, text=text)
+    assert torch.equal(forward_pass(with_t3(pack, other)[0], x, text=text), expected)
+    assert torch.equal(forward_pass(model, x, text=text), plain)
+
+
+def test_a_clone_onto_fresh_weights_has_feed_forwards_of_its_own(pack, tmp_path):
+    """Also in blocks whose forward another node patched after T3."""
+    import comfy.sd
+    from comfy.patcher_extension import CallbacksMP
+
+    path = host_models.write_dit(tmp_path / "dit.safetensors")
+    model = comfy.sd.load_diffusion_model(str(path), model_options={"dtype": torch.float32})
+
+    def patch_blocks(_, patcher):
+        for i, block in enumerate(patcher.model.diffusion_model.blocks):
+            patcher.add_object_patch(f"diffusion_model.blocks.{i}.forward", partial(type(block).forward, block))
+
+    patched = with_t3(pack, model)[0].clone()
+    patch_blocks(None, patched)
+    patched.add_callback_with_key(CallbacksMP.ON_CLONE, "another pack", patch_blocks)
+    x, text = torch.randn(1, 16, 6, 12, 12), torch.randn(1, 7, 48)
+    expected = forward_pass(patched, x, text=text)
+    fresh = patched.clone(force_deepcopy=True)
+    for i, block in enumerate(fresh.model.diffusion_model.blocks):
+        assert fresh.object_patches[f"diffusion_model.blocks.{i}.ffn.forward"].__self__.module is block.ffn
+    # The first model, whose weights the copy must not need.
+    del model, patched, patch_blocks
+    assert torch.equal(forward_pass(fresh, x, text=text), expected)
