@@ -70,13 +70,18 @@ def _folders() -> dict[str, Path]:
     }
 
 
+def _is_ours(path: Path, folder: Path) -> bool:
+    """Whether a path without links in it is that of a latent file in this folder."""
+    return path.is_relative_to(folder) and path.suffix == ".latent"
+
+
 def saved() -> list[str]:
     """Every `.latent` under the output and input folders, as `output/latents/name.latent`, the one saved last first."""
     found = []
     for name, folder in _folders().items():
         for path in folder.rglob("*.latent"):
             try:
-                if path.is_file():
+                if path.is_file() and _is_ours(path.resolve(), folder):
                     found.append((path.stat().st_mtime_ns, f"{name}/{path.relative_to(folder).as_posix()}"))
             except OSError:  # removed meanwhile, or not ours to see
                 continue
@@ -106,7 +111,7 @@ def find(entry: str) -> Path:
         there = path.is_file()
     except (OSError, ValueError):  # a name no file can have
         raise not_one from None
-    if not path.is_relative_to(folder) or path.suffix != ".latent":
+    if not _is_ours(path, folder):
         raise not_one
     if not there:
         raise T3Error(f"{entry!r} does not exist (any more). Choose another of the list, or {NEWEST!r}.")

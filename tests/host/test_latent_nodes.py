@@ -222,6 +222,16 @@ def test_links_out_of_the_folders_are_not_followed(nodes, folders):
     secret.write_bytes(b"not to be read")
     (folders["output"] / "link.latent").symlink_to(secret)
     assert "is no .latent file under" in nodes["T3LoadLatent"].validate_inputs(latent="output/link.latent")
+    # Nor are they offered, or taken for the newest.
+    age(secret, -100)
+    save(torch.ones(1, 16, 1, 4, 4))
+    (folders["output"] / "inside.latent").symlink_to(folders["output"] / "latents/ComfyUI_00001_.latent")
+    assert set(options(nodes["T3LoadLatent"])) == {
+        "newest",
+        "output/latents/ComfyUI_00001_.latent",
+        "output/inside.latent",
+    }
+    assert run(nodes["T3LoadLatent"], latent="newest")[0]["samples"].mean() == 1
 
 
 def test_a_broken_file_is_refused_in_one_sentence(nodes, folders):
