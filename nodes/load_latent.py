@@ -46,9 +46,9 @@ class T3LoadLatent(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, latent) -> str:
-        """Changes when the file does, or when `newest` is another."""
+        """Changes when the file does, or when `newest` is another; over a link, when any file does."""
         if latent is None:
-            return ""
+            return repr(_dated())
         path = find(latent)
         return f"{path} {path.stat().st_mtime_ns} {path.stat().st_size}"
 
@@ -75,8 +75,8 @@ def _is_ours(path: Path, folder: Path) -> bool:
     return path.is_relative_to(folder) and path.suffix == ".latent"
 
 
-def saved() -> list[str]:
-    """Every `.latent` under the output and input folders, as `output/latents/name.latent`, the one saved last first."""
+def _dated() -> list[tuple[int, str]]:
+    """Time in nanoseconds and entry of all latent files, the one saved last first."""
     found = []
     for name, folder in _folders().items():
         for path in folder.rglob("*.latent"):
@@ -85,7 +85,12 @@ def saved() -> list[str]:
                     found.append((path.stat().st_mtime_ns, f"{name}/{path.relative_to(folder).as_posix()}"))
             except OSError:  # removed meanwhile, or not ours to see
                 continue
-    return [entry for _, entry in sorted(found, reverse=True)]
+    return sorted(found, reverse=True)
+
+
+def saved() -> list[str]:
+    """Every `.latent` under the output and input folders, as `output/latents/name.latent`, the one saved last first."""
+    return [entry for _, entry in _dated()]
 
 
 def find(entry: str) -> Path:

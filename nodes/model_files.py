@@ -48,9 +48,19 @@ def verdict_on(entry: str | None, *folders: str) -> bool | str:
 
 
 def state(entry: str | None, *folders: str) -> str:
-    """For `fingerprint_inputs`: changes when the file, or PEFT's settings beside it, do."""
-    if entry is None:
-        return ""
-    path = find(entry, *folders)
+    """For `fingerprint_inputs`: changes when the file, or PEFT's settings beside it, do.
+
+    What comes over a link is not known yet when the host asks: then it changes when any file of these folders does.
+    """
+    import folder_paths
+
+    if entry is not None:
+        return _state(find(entry, *folders))
+    parts = (listed_file.partition("/") for listed_file in listed(*folders))
+    paths = (folder_paths.get_full_path(folder, name) for folder, _, name in parts)
+    return " ".join(_state(Path(path)) for path in paths if path is not None)
+
+
+def _state(path: Path) -> str:
     found = [path, path.with_name(SETTINGS_FILE)]
     return " ".join(f"{p} {p.stat().st_mtime_ns} {p.stat().st_size}" for p in found if p.is_file())

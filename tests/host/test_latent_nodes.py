@@ -195,6 +195,18 @@ def test_newest_runs_again_when_there_is_a_newer_file_or_the_file_changes(nodes,
     assert node.fingerprint_inputs(latent="output/latents/ComfyUI_00001_.latent") == fixed
 
 
+def test_over_a_link_any_file_may_be_meant(nodes, folders):
+    """The name is not there yet when the host asks: a newer file, or another in one's place, is read again."""
+    node = nodes["T3LoadLatent"]
+    prints = [node.fingerprint_inputs(latent=None)]
+    save(torch.zeros(1, 16, 1, 4, 4))
+    prints.append(node.fingerprint_inputs(latent=None))
+    assert node.fingerprint_inputs(latent=None) == prints[-1]
+    age(folders["output"] / "latents/ComfyUI_00001_.latent", 100)
+    prints.append(node.fingerprint_inputs(latent=None))
+    assert len(set(prints)) == 3
+
+
 @pytest.mark.parametrize(
     ("entry", "words"),
     [

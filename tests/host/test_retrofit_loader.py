@@ -233,6 +233,11 @@ def test_the_file_is_listed_and_watched(pack, files, node):
     assert changed != before
     (files.base / "loras" / "adapter_config.json").write_text('{"lora_alpha": 8}')
     assert node.fingerprint_inputs(file=file) != changed
+    # Over a link any of them may be meant.
+    linked = node.fingerprint_inputs(file=None)
+    assert node.fingerprint_inputs(file=None) == linked
+    os.utime(files.base / "loras" / "sub" / "deep.safetensors", ns=(1, 1))
+    assert node.fingerprint_inputs(file=None) != linked
 
 
 @pytest.mark.parametrize(
