@@ -105,7 +105,7 @@ class T3Attention(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, start_percent, end_percent, dense_blocks) -> bool | str:
+    def validate_inputs(cls, start_percent=None, end_percent=None, dense_blocks=None) -> bool | str:
         """What can be refused before the graph runs; a string is the reason."""
         ranges = verdict(_check_range, start_percent, end_percent)
         return verdict(parse_blocks, dense_blocks, None) if ranges is True else ranges

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 
 import host_models
@@ -32,6 +33,21 @@ def test_defaults_need_no_thought(pack, node, model):
         patched, report = node.execute(host_models.patcher(kind), **defaults(node)).result
         assert f"Plan {name}" in report and "cannot be told" in report
         assert patched.object_patches
+
+
+@pytest.mark.parametrize("left_out", ["start_percent", "end_percent", "dense_blocks"])
+def test_an_input_that_a_graph_leaves_out_is_named_by_the_host(node, monkeypatch, left_out):
+    """As graphs written by hand do: ComfyUI says which one is missing, which it cannot if our own check fails."""
+    import execution
+
+    import nodes as host_nodes
+
+    monkeypatch.setitem(host_nodes.NODE_CLASS_MAPPINGS, "T3Attention", node)
+    values = {name: value for name, value in defaults(node).items() if name != left_out}
+    graph = {"1": {"class_type": "T3Attention", "inputs": values}}
+    _, errors, _ = asyncio.run(execution.validate_inputs("p", graph, "1", {}))
+    missing = [error["details"] for error in errors if error["type"] == "required_input_missing"]
+    assert sorted(missing) == sorted(["model", left_out])
 
 
 @pytest.mark.parametrize(
