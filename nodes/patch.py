@@ -147,7 +147,7 @@ def install(model, settings: Settings) -> list[str]:
 
 
 def _free_blocks(model, blocks: list[wan.Block]) -> tuple[list[wan.Block], list[str]]:
-    """The blocks whose forward nobody else has patched, and a note on the others and on cross-attention."""
+    """The blocks whose forward nobody else has patched, and notes on the others and on what is inside the blocks."""
     notes = []
     patches = {block.path: model.object_patches.get(_key(block.path)) for block in blocks}
     taken = {path: patch for path, patch in patches.items() if patch is not None and not is_ours(patch)}
@@ -158,6 +158,10 @@ def _free_blocks(model, blocks: list[wan.Block]) -> tuple[list[wan.Block], list[
     owners_of_cross = sorted({owner(patch) for patch in crossed if patch is not None})
     if owners_of_cross:
         notes.append(f"Keeps the cross-attention of {', '.join(owners_of_cross)}, which gets all tokens at once.")
+    fed = [model.object_patches.get(_key(f"{block.path}.ffn")) for block in blocks if block.path not in taken]
+    if theirs := [patch for patch in fed if patch is not None and not is_ours(patch)]:
+        owners = ", ".join(sorted(set(map(owner, theirs))))
+        notes.append(f"{len(theirs)} blocks keep the feed-forward of {owners}, run whole, and take the memory of that.")
     return [block for block in blocks if block.path not in taken], notes
 
 
@@ -270,12 +274,15 @@ def _apply_model(
 
 def _report_foreign(model, installation: Installation) -> None:
     """Say whose patches took the place of ours after this node."""
+    attentions = [found.module for found in wan.self_attentions(model).windowed]
+    blocks = [block.module for block in wan.blocks(model)]
     places = (
-        (wan.self_attentions(model).windowed, "self-attention patch", "instead of T3"),
-        (wan.blocks(model), "forward", "and take the memory of that"),
+        (attentions, "later self-attention patch", "instead of T3"),
+        (blocks, "later forward", "and take the memory of that"),
+        ([block.ffn for block in blocks], "feed-forward", "whole, and take the memory of that"),
     )
-    for parts, what, so in places:
-        taken = [patch for patch in (foreign_forward(part.module) for part in parts) if patch is not None]
+    for modules, what, so in places:
+        taken = [patch for patch in map(foreign_forward, modules) if patch is not None]
         if taken:
             owners = ", ".join(sorted({owner(patch) for patch in taken}))
-            installation.say(f"{len(taken)} blocks run the later {what} of {owners} {so}.")
+            installation.say(f"{len(taken)} blocks run the {what} of {owners} {so}.")

@@ -287,8 +287,8 @@ def test_compiled_blocks_hold_gelu_and_product_as_one(t3, monkeypatch):
     assert sum("linear_gelu" in name for name in called) == 1 and not any(name == "gelu" for name in called)
 
 
-def test_a_foreign_feed_forward_stays(pack):
-    """Put in by another node, before T3 or after it."""
+def test_a_foreign_feed_forward_stays_and_is_named(pack, caplog):
+    """Put in by another node, before T3 or after it. Its blocks run whole, in more memory than T3 counts on."""
     model, key = host_models.patcher("t2v"), "diffusion_model.blocks.0.ffn.forward"
 
     def foreign(x):
@@ -296,13 +296,17 @@ def test_a_foreign_feed_forward_stays(pack):
 
     before = model.clone()
     before.add_object_patch(key, foreign)
-    assert with_t3(pack, before)[0].object_patches[key] is foreign
+    first, report = with_t3(pack, before)
+    assert first.object_patches[key] is foreign
+    assert f"1 blocks keep the feed-forward of {__name__}, run whole, and take the memory of that." in report
     patched = with_t3(pack, model)[0]
     assert pack.nodes.stand_in.is_ours(patched.object_patches[key])
     x, text = torch.randn(1, 16, 6, 12, 12), torch.randn(1, 7, 48)
     plain = forward_pass(patched, x, text=text)
+    assert "feed-forward" not in caplog.text
     patched.add_object_patch(key, foreign)
     assert not torch.equal(forward_pass(patched, x, text=text), plain)
+    assert f"1 blocks run the feed-forward of {__name__} whole, and take the memory of that." in caplog.text
     # And the node put on once more leaves it there.
     assert with_t3(pack, patched)[0].object_patches[key] is foreign
 
