@@ -90,7 +90,8 @@ def read_plan(name: str, grid: str, layers: str, plan_json: str = "") -> Plan:
 
 def _three(text: str, where: str) -> Any:
     """Three numbers, or `each`, with anything between them; `Plan` checks them."""
-    words = re.findall(r"[A-Za-z]+|-?[\d.]+", re.sub(r"(?<=\d)\s*[x*]\s*|(?<=each)\s*[x*]\s*", " ", text))
+    apart = re.sub(r"(?<=\d)\s*[x*]\s*|(?<=each)\s*[x*]\s*", " ", text, flags=re.IGNORECASE)
+    words = re.findall(r"[A-Za-z]+|-?[\d.]+", apart)
     if len(words) != 3:
         raise T3Error(f'{where} is {text.strip()!r}; write three numbers for time, height and width, e.g. "1 17 30".')
     return [int(word) if word.isdigit() else _word(word, text, where) for word in words]

@@ -62,6 +62,7 @@ def test_the_default_plan_is_the_released_one(nodes):
         ("3x8x9", "each x 1 x 1\n\n  1x2x3  "),
         ("[3, 8, 9]", '["each", 1, 1],\n[1, 2, 3]'),
         ("(3; 8; 9)", "EACH,1,1\n1, 2, 3,"),
+        ("3 X 8 X 9", "EACH x 1 x 1\n1X2X3"),
         ("3 × 8 × 9", "each × 1 × 1\r\n1 × 2 × 3"),
     ],
 )
