@@ -19,6 +19,9 @@ from .plan_of_weights import PlanOfWeights, note_on_mismatch, plan_of_weights
 from .types import T3PlanType
 from .verdict import verdict
 
+# More than any model has. Checked before a range is written out, which happens before the model is there.
+_MOST_BLOCKS = 1000
+
 
 class T3Attention(io.ComfyNode):
     """Switches a Wan model's self-attention to T3 on a clone; everything else is in `patch.py`."""
@@ -166,6 +169,8 @@ def parse_blocks(text: str | None, count: int | None) -> frozenset[int]:
             raise T3Error(f"dense_blocks has {part!r}, which runs backwards. Write {last}-{first}.")
         if count is not None and last >= count:
             raise T3Error(f"dense_blocks has {part!r}; this model has blocks 0 to {count - 1}. Nearest: {count - 1}.")
+        if last >= _MOST_BLOCKS:
+            raise T3Error(f"dense_blocks has {part!r}; no model has so many. Wan 14B has blocks 0 to 39.")
         blocks.update(range(first, last + 1))
     return frozenset(blocks)
 

@@ -58,6 +58,8 @@ def test_an_input_that_a_graph_leaves_out_is_named_by_the_host(node, monkeypatch
         ({"dense_blocks": "0; 1"}, "dense_blocks has '0; 1'; write numbers and ranges"),
         ({"dense_blocks": "first"}, "dense_blocks has 'first'"),
         ({"dense_blocks": "-3"}, "dense_blocks has '-3'"),
+        # To mean all others. It once filled the memory before it was refused.
+        ({"dense_blocks": "5-99999"}, "dense_blocks has '5-99999'; "),
         ({"dense_blocks": "5-2"}, "runs backwards. Write 2-5"),
     ],
 )
