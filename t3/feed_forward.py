@@ -157,8 +157,9 @@ def _fused(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 
 
 def _gelu(hidden: torch.Tensor, x: torch.Tensor, up: nn.Module) -> torch.Tensor:
-    """In place where nobody else can see it: no gradients, no hook that may have kept it, no memory of the input's."""
-    seen = hidden.requires_grad or bool(up._forward_hooks)
+    """In place where nobody else can see it: no gradients, no hook or foreign forward that may have kept it, no memory
+    of the input's."""
+    seen = hidden.requires_grad or bool(up._forward_hooks) or "forward" in vars(up)
     if seen or hidden.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
         return F.gelu(hidden, approximate="tanh")
     return torch.ops.aten.gelu_(hidden, approximate="tanh")

@@ -173,13 +173,22 @@ def test_lent_weights_are_used_and_given_back(trusted):
 
 
 def test_gelu_in_place_takes_no_second_tensor_and_nobody_s_values():
-    up, down = layers()
-    x, seen, before = torch.randn(2, 5, 24), [], []
-    addresses = []
-    up.forward = lambda x: addresses.append(F.linear(x, up.weight, up.bias)) or addresses[-1]
+    x, seen, before, made = torch.randn(2, 5, 24), [], [], []
+    down = layers()[1]
     down.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].data_ptr()))
+
+    class Layer(nn.Linear):
+        def forward(self, x):
+            made.append(super().forward(x))
+            return made[-1]
+
+    feed_forward(x, Layer(24, 40).requires_grad_(False), down)
+    assert seen == [made[0].data_ptr()]
+    # What another's forward kept stays as it was.
+    up = layers()[0]
+    up.forward = lambda x: made.append(F.linear(x, up.weight, up.bias)) or made[-1]
     feed_forward(x, up, down)
-    assert seen == [addresses[0].data_ptr()]
+    assert torch.equal(made[1], F.linear(x, up.weight, up.bias))
     # What a hook kept stays as it was.
     hooked = layers()[0]
     hooked.register_forward_hook(lambda _, __, out: before.append((out, out.clone())))
