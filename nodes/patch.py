@@ -134,9 +134,8 @@ def install(model, settings: Settings) -> list[str]:
     notes = []
     if any(is_ours(patch) for patch in former):
         notes.append("Replaces the T3 attention of a node before it.")
-    foreign = sorted({owner(patch) for patch in former if patch is not None and not is_ours(patch)})
-    if foreign:
-        notes.append(f"Replaces the self-attention patch of {', '.join(foreign)}: the later patch wins.")
+    if foreign := [patch for patch in former if patch is not None and not is_ours(patch)]:
+        notes.append(f"Replaces the self-attention patch of {_owners(foreign)}: the later patch wins.")
     if found.left_dense:
         notes.append(f"Stay dense, being attention of another kind: {', '.join(found.left_dense)}.")
     free, notes_on_blocks = _free_blocks(model, wan.blocks(diffusion_model))
@@ -152,17 +151,20 @@ def _free_blocks(model, blocks: list[wan.Block]) -> tuple[list[wan.Block], list[
     patches = {block.path: model.object_patches.get(_key(block.path)) for block in blocks}
     taken = {path: patch for path, patch in patches.items() if patch is not None and not is_ours(patch)}
     if taken:
-        owners = ", ".join(sorted({owner(patch) for patch in taken.values()}))
-        notes.append(f"{len(taken)} blocks keep the forward of {owners}, and the memory that takes.")
+        notes.append(f"{len(taken)} blocks keep the forward of {_owners(taken.values())}, and the memory that takes.")
     crossed = [model.object_patches.get(_key(f"{block.path}.cross_attn")) for block in blocks]
-    owners_of_cross = sorted({owner(patch) for patch in crossed if patch is not None})
-    if owners_of_cross:
-        notes.append(f"Keeps the cross-attention of {', '.join(owners_of_cross)}, which gets all tokens at once.")
+    if theirs := [patch for patch in crossed if patch is not None]:
+        notes.append(f"Keeps the cross-attention of {_owners(theirs)}, which gets all tokens at once.")
     fed = [model.object_patches.get(_key(f"{block.path}.ffn")) for block in blocks if block.path not in taken]
     if theirs := [patch for patch in fed if patch is not None and not is_ours(patch)]:
-        owners = ", ".join(sorted(set(map(owner, theirs))))
-        notes.append(f"{len(theirs)} blocks keep the feed-forward of {owners}, run whole, and take the memory of that.")
+        whose = _owners(theirs)
+        notes.append(f"{len(theirs)} blocks keep the feed-forward of {whose}, run whole, and take the memory of that.")
     return [block for block in blocks if block.path not in taken], notes
+
+
+def _owners(patches: Iterable[Any]) -> str:
+    """Whose these patches are, each named once."""
+    return ", ".join(sorted(set(map(owner, patches))))
 
 
 def settings_of(model) -> Settings | None:
@@ -191,9 +193,8 @@ def _put(
     feed_forwards: the blocks whose feed-forward is to be patched.
     """
     for attention in attentions:
-        model.add_object_patch(
-            _key(attention.path), T3SelfAttention(attention.module, attention.layer, installation).forward
-        )
+        patch = T3SelfAttention(attention.module, attention.layer, installation)
+        model.add_object_patch(_key(attention.path), patch.forward)
     for block in blocks:
         kind = T3VaceBlock if hasattr(block.module, "after_proj") else T3Block
         model.add_object_patch(_key(block.path), kind(block.module, block.layer, installation).forward)
@@ -284,5 +285,4 @@ def _report_foreign(model, installation: Installation) -> None:
     for modules, what, so in places:
         taken = [patch for patch in map(foreign_forward, modules) if patch is not None]
         if taken:
-            owners = ", ".join(sorted({owner(patch) for patch in taken}))
-            installation.say(f"{len(taken)} blocks run the {what} of {owners} {so}.")
+            installation.say(f"{len(taken)} blocks run the {what} of {_owners(taken)} {so}.")

@@ -9,7 +9,6 @@ import logging
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,10 +64,8 @@ def legal(up: nn.Module, x: torch.Tensor, lend: Lend | None = None) -> str | Non
     neither casts nor patches its weights, or one that does where `lend` hands them out; without hooks, weights being
     ordinary tensors of x's dtype on x's device. And where this torch computes what it should, which is tried once.
     """
-    if x.device.type != "cuda" or torch.version.hip:
-        return f"it needs an NVIDIA card, not {x.device}"
-    if x.dtype not in HALF:
-        return f"it takes float16 and bfloat16, not {x.dtype}"
+    if why := _not_for(x):
+        return why
     if torch.is_autocast_enabled("cuda"):
         return "autocast chooses the dtypes"
     if _wants_gradients(up, x):
@@ -86,8 +83,7 @@ def _is_operator(up: nn.Module, x: torch.Tensor) -> bool:
 @torch.library.custom_op(f"{own_namespace(__name__)}::linear_gelu", mutates_args=())
 def _linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """gelu(F.linear(x, weight, bias)) in its tanh form, by the fused product where that is to be trusted."""
-    fits = x.is_cuda and not torch.version.hip and x.dtype in HALF
-    if fits and _not_trusted(x.device, x.dtype) is None:
+    if (_not_for(x) or _not_trusted(x.device, x.dtype)) is None:
         return _fused(x, weight, bias)
     return torch.ops.aten.gelu_(F.linear(x, weight, bias), approximate="tanh")
 
@@ -95,6 +91,13 @@ def _linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> t
 @_linear_gelu.register_fake
 def _(x, weight, bias):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _not_for(x: torch.Tensor) -> str | None:
+    """Why tensors like x have no fused product."""
+    if x.device.type != "cuda" or torch.version.hip:
+        return f"it needs an NVIDIA card, not {x.device}"
+    return None if x.dtype in HALF else f"it takes float16 and bfloat16, not {x.dtype}"
 
 
 def _wants_gradients(up: nn.Module, x: torch.Tensor) -> bool:
@@ -127,7 +130,8 @@ def _host_casts(up: nn.Module) -> bool:
     return any(bool(getattr(up, name, None)) for name in ("comfy_cast_weights", "weight_function", "bias_function"))
 
 
-def _own(up: nn.Module) -> Any:
+def _own(up: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    assert isinstance(up, nn.Linear)
     return up.weight, up.bias
 
 

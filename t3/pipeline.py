@@ -71,7 +71,7 @@ class Engine:
         shape = ModelShape.from_config(sources.transformer)
         pipe = assemble(sources, transformers, compute, options.shift)
         engine = cls(pipe, sources, plan, device, dtype)
-        windows = tuple(n for layer in plan.partitions(grid, shape.layers) for n in layer.window_lengths(grid))
+        windows = plan.window_lengths(grid, shape.layers)
         situation = Situation(device, compute, sources.transformer["attention_head_dim"], windows=windows)
         chosen, engine.backend_why = choose(options.backend, situation)
         engine.backend = chosen.name

@@ -176,6 +176,10 @@ class Plan:
         """The partitions of layers 0 to `layers - 1` on `grid`."""
         return [self.partition(i, grid) for i in range(layers)]
 
+    def window_lengths(self, grid: Sequence[int], layers: int) -> tuple[int, ...]:
+        """The tokens in a window, for each class of each of these layers."""
+        return tuple(n for layer in self.partitions(grid, layers) for n in layer.window_lengths(Grid(*grid)))
+
     def to_json(self) -> str:
         """JSON text with a version field; `Plan.from_json` gives an equal plan back."""
         content = {"t3_plan": JSON_VERSION, "name": self.name, "grid": self.grid, "layers": self.layers}

@@ -8,9 +8,9 @@ import torch
 from retrofit_fixtures import SHAPE, TINY, write_clips
 
 from t3.errors import T3Error
-from t3.retrofit.batches import Feeder, Layout
+from t3.retrofit.batches import Feeder
 from t3.retrofit.config import Data, DataSet, Stage, Validation
-from t3.retrofit.data import Order, Pool, open_clips
+from t3.retrofit.data import Layout, Order, Pool, open_clips
 from t3.retrofit.draws import noise, noise_level, sample_draws
 from t3.retrofit.shards import ShardWriter, join, open_shards, read_shards
 from t3.retrofit.validation import points
@@ -109,7 +109,9 @@ def test_what_a_config_asks_of_its_data(tmp_path):
 
 
 def test_every_clip_comes_once_before_any_comes_twice():
-    order = Order([Pool("a", SHAPE, list(range(7)), 6), Pool("b", SHAPE, list(range(3)), 6)], seed=4, batch=2)
+    order = Order(
+        [Pool("a", SHAPE, list(range(7)), 6), Pool("b", SHAPE, list(range(3)), 6)], seed=4, layout=Layout(2, 1, 0)
+    )
     taken = {"a": [], "b": []}
     for _ in range(60):
         pool, numbers = order.next({})
@@ -129,7 +131,7 @@ def test_the_mix_of_sets_is_kept():
         Pool("b", SHAPE, list(range(50)), 6),
         Pool("c", SHAPE, [0], 6),
     ]
-    order = Order(pools, seed=0)
+    order = Order(pools, seed=0, layout=Layout(1, 1, 0))
     count = Counter(order.next({"a": 3.0, "b": 1.0})[0].name for _ in range(2000))
     # Three in four: within four standard deviations of 2,000 draws.
     assert abs(count["a"] / 2000 - 0.75) < 4 * (0.75 * 0.25 / 2000) ** 0.5
@@ -139,7 +141,7 @@ def test_the_mix_of_sets_is_kept():
 def test_a_set_may_have_a_batch_of_its_own():
     """Then each of its clips still comes as often as any other, or its set gives its share of the batches."""
     pools = [Pool("a", SHAPE, list(range(90)), 6), Pool("b", SHAPE, list(range(90)), 6, batch=3)]
-    order = Order(pools, seed=0, batch=1, processes=2)
+    order = Order(pools, seed=0, layout=Layout(1, 2, 0))
     taken = [order.next({}) for _ in range(4000)]
     assert {(pool.name, len(numbers)) for pool, numbers in taken} == {("a", 2), ("b", 6)}
     # One batch in four: within four standard deviations.

@@ -12,11 +12,11 @@ from test_retrofit_objectives import GRID, ROWS, Masked, layer_masks, mse
 from t3 import Plan
 from t3.errors import T3Error
 from t3.processor import self_attentions
-from t3.retrofit.batches import Feeder, Layout
+from t3.retrofit.batches import Feeder
 from t3.retrofit.command import main
 from t3.retrofit.conditioning import TEXT_BESIDE_IMAGE, Conditioning
 from t3.retrofit.config import Data, DataSet, Model, Stage, Trainable, Validation, parse_config
-from t3.retrofit.data import open_clips
+from t3.retrofit.data import Layout, open_clips
 from t3.retrofit.loop import Loop
 from t3.retrofit.model import at_its_noise, find, load
 from t3.retrofit.objectives import LOSSES, Batch, Objective

@@ -92,7 +92,7 @@ def _rows(
 
     def with_compile() -> dict[str, float]:
         # As `Engine.load` does: code that is being compiled does not look at measured times.
-        windows = tuple(n for layer in plan.partitions(grid, len(model.blocks)) for n in layer.window_lengths(grid))
+        windows = plan.window_lengths(grid, len(model.blocks))
         situation = Situation(report.device, transformer.dtype, transformer.shape.head_dim, windows=windows)
         backend, _ = choose(AUTO, situation)
         installed = install_t3(model, plan, backend=backend)

@@ -12,21 +12,11 @@ import torch
 
 from .conditioning import put
 from .config import Stage
-from .data import Clips, Order, Pool, drawn
+from .data import Clips, Layout, Order, Pool, drawn
 from .draws import QUERIES, generator, noise, noise_level, sample_draws
 from .objectives import Batch
 
 _AHEAD = 2  # batches that are read while one is trained on
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the clips of a round are shared out: `batch` on each of `processes`, of which this is number `rank`, where
-    their set does not say otherwise."""
-
-    batch: int
-    processes: int
-    rank: int
 
 
 @dataclass(frozen=True)
@@ -53,7 +43,7 @@ class Feeder:
         device: torch.device,
         resident: bool,
     ) -> None:
-        self.order = Order(clips.pools, seed, layout.batch, layout.processes)
+        self.order = Order(clips.pools, seed, layout)
         self.layout = layout
         self.seed = seed
         self.caption_dropout = caption_dropout
@@ -88,7 +78,7 @@ class Feeder:
 
     def example(self, pool: Pool, stage: Stage) -> Batch:
         """A batch from this pool that is no part of the run."""
-        numbers = [i % len(pool.clips) for i in range(self.order.each(pool) * self.layout.processes)]
+        numbers = [i % len(pool.clips) for i in range(pool.each(self.layout.batch) * self.layout.processes)]
         planned = _Round(pool, numbers, 0, stage)
         return self._finish(planned, self._read(planned))
 
@@ -115,13 +105,13 @@ class Feeder:
         return planned
 
     def _read(self, planned: _Round) -> dict[str, torch.Tensor]:
-        each = self.order.each(planned.pool)
+        each = planned.pool.each(self.layout.batch)
         first = self.layout.rank * each
         return planned.pool.take(planned.numbers[first : first + each], self.device)
 
     def _finish(self, planned: _Round, read: dict[str, torch.Tensor]) -> Batch:
         latents, text = read["latents"], read["text"]
-        each = self.order.each(planned.pool)
+        each = planned.pool.each(self.layout.batch)
         stage, first = planned.stage, planned.serial + self.layout.rank * each
         draws = [sample_draws(self.seed, serial) for serial in range(first, first + each)]
         levels = [noise_level(d, stage.noise, stage.shift, stage.sigma_min, stage.sigma_max) for d in draws]

@@ -53,9 +53,8 @@ class Reference:
 class Pool:
     """Clips of one set whose latents have one shape. `texts` are padded to `tokens` rows of zeros when taken.
 
-    given: names of the tensors that are read beside latents and text. batch: clips a step on each process, 0 for what
-    the others have. After `settle` the clips lie on a device, a
-    tensor for each name, and taking a batch reads no disk.
+    given: names of the tensors that are read beside latents and text. batch: clips a step on each process, 0 for as
+    many as usual. After `settle` the clips lie on a device, a tensor for each name, and taking a batch reads no disk.
     """
 
     name: str
@@ -75,6 +74,10 @@ class Pool:
         stored = self.clips[0].stored
         given = sum(_count(stored.given[name]) for name in self.given)
         return 2 * len(self.clips) * (_count(self.shape) + self.tokens * stored.text[1] + given)
+
+    def each(self, usual: int) -> int:
+        """How many clips of this pool each process takes at once; usual: where its set does not say."""
+        return self.batch or usual
 
     def settle(self, device: torch.device) -> None:
         """Read all clips and keep them on `device`; nothing is read twice."""
@@ -238,25 +241,29 @@ def _references(
     return [Reference(shards, number) for number in range(len(shards.clips))]
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How the clips of a round are shared out: `batch` on each of `processes`, of which this is number `rank`, where
+    their set does not say otherwise."""
+
+    batch: int
+    processes: int
+    rank: int
+
+
 class Order:
     """Which clips come next, the same on every process. The state is how many each pool has given.
 
-    Each pool gives its clips in an order of its own, every clip once before any a second time; `batch` at once on each
-    of `processes`, or as many as the pool itself says.
+    Each pool gives its clips in an order of its own, every clip once before any a second time.
     """
 
-    def __init__(self, pools: Sequence[Pool], seed: int, batch: int = 1, processes: int = 1) -> None:
+    def __init__(self, pools: Sequence[Pool], seed: int, layout: Layout) -> None:
         self.pools = list(pools)
         self.seed = seed
-        self.batch = batch
-        self.processes = processes
+        self.layout = layout
         self.batches = 0
         self.given = [0] * len(self.pools)
         self._orders: dict[int, tuple[int, Any]] = {}
-
-    def each(self, pool: Pool) -> int:
-        """How many clips of this pool each process takes at once."""
-        return pool.batch or self.batch
 
     def next(self, mix: Mapping[str, float]) -> tuple[Pool, list[int]]:
         """The next clips for all processes, of one pool: numbers in it. `mix`: share of the batches by set, if any."""
@@ -264,7 +271,7 @@ class Order:
         at = generator(self.seed, POOL, self.batches).random() * weights[-1]
         chosen = int(np.searchsorted(weights, at, side="right"))
         self.batches += 1
-        first, count = self.given[chosen], self.each(self.pools[chosen]) * self.processes
+        first, count = self.given[chosen], self.pools[chosen].each(self.layout.batch) * self.layout.processes
         self.given[chosen] += count
         return self.pools[chosen], [self._number(chosen, at) for at in range(first, first + count)]
 
@@ -277,7 +284,7 @@ class Order:
     def weight(self, pool: Pool, mix: Mapping[str, float]) -> float:
         """A pool's share of the batches, up to a factor that all have in common."""
         if not mix:
-            return len(pool.clips) / self.each(pool)
+            return len(pool.clips) / pool.each(self.layout.batch)
         all_of_set = sum(len(other.clips) for other in self.pools if other.name == pool.name)
         return mix.get(pool.name, 0.0) * len(pool.clips) / all_of_set
 

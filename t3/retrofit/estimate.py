@@ -47,7 +47,7 @@ def describe(config: Config, found: Found, clips: Clips) -> list[str]:
             f"           {pool.name}: {len(pool.clips)} of latents {' x '.join(map(str, pool.shape))}{at_once}"
         )
     batches = [
-        [(pool.batch or config.train.batch, _grid(pool.shape, found)) for pool in drawn(clips.pools, stage.mix)]
+        [(pool.each(config.train.batch), _grid(pool.shape, found)) for pool in drawn(clips.pools, stage.mix)]
         for stage in config.stages
     ]
     card = torch.cuda.is_available() and config.train.device != "cpu"

@@ -14,9 +14,9 @@ from ..cli import say
 from ..errors import T3Error
 from ..processor import compile_blocks
 from . import model
-from .batches import Feeder, Layout
+from .batches import Feeder
 from .config import Config
-from .data import Clips, stay_on
+from .data import Clips, Layout, stay_on
 from .ema import Average
 from .model import Found
 from .objectives import Objective
