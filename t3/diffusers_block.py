@@ -140,18 +140,28 @@ class BlockByChunks:
         return by_chunks(out, arriving, rest)
 
 
+class GeluOfProduct(GELU):
+    """diffusers' layer, with the GELU and the product before it as `feed_forward.gelu_of_linear` has them.
+
+    A class of its own: to a forward put into each layer torch.compile would compile each block anew.
+    """
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """As `GELU.forward` in its tanh form."""
+        return gelu_of_linear(hidden_states, self.proj)
+
+
 def fuse_gelu(block: Any) -> None:
-    """Have a block that runs whole compute its GELU with the product before it (see `feed_forward.gelu_of_linear`)."""
+    """Have a block that runs whole compute its GELU with the product before it."""
     if _strange_feed_forward(block) is None:
-        layer = block.ffn.net[0]
-        layer.forward = partial(gelu_of_linear, up=layer.proj)
+        block.ffn.net[0].__class__ = GeluOfProduct
 
 
 def plain_gelu(block: Any) -> None:
     """Undo `fuse_gelu`."""
     for layer in block.ffn.modules():
-        if getattr(vars(layer).get("forward"), "func", None) is gelu_of_linear:
-            del layer.forward
+        if type(layer) is GeluOfProduct:
+            layer.__class__ = GELU
 
 
 def _modulation(table: torch.Tensor, temb: torch.Tensor, tokens: int, rows: slice | None) -> tuple[torch.Tensor, ...]:

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers.models.transformers.transformer_wan import _get_added_kv_projections
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor, _get_added_kv_projections
 
-from .backends import Backend
-from .text_attention import attend_text, serving
+from .backends import Backend, Situation, choose
+from .text_attention import serve_text
 
 # diffusers counts the text's tokens from the end; those of an image stand before them.
 TEXT_TOKENS = 512
@@ -38,5 +38,29 @@ class TextAttention:
         return attn.to_out[1](attn.to_out[0](out))
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        heads = self.attn.heads
-        return attend_text(q, k, v, heads, serving(self.backend, q, k, heads, self.say))
+        return serve_text(q, k, v, self.attn.heads, self.backend, self.say)
+
+
+class TextProcessor(WanAttnProcessor):
+    """Stands where diffusers' processor of cross-attention stood, in blocks that are compiled.
+
+    backend: that of self-attention. With gradients, or where `set_attention_backend` asks for another, diffusers' own
+    attention does the work.
+    """
+
+    def __init__(self, backend: str | Backend) -> None:
+        super().__init__()
+        self.backend = backend
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        if torch.is_grad_enabled() or self._attention_backend is not None or self._parallel_config is not None:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        backend = self.backend
+        if isinstance(backend, str):
+            x, keys = hidden_states, encoder_hidden_states.shape[1]
+            backend, _ = choose(backend, Situation(x.device, x.dtype, attn.inner_dim // attn.heads, windows=(keys,)))
+        return TextAttention(attn, encoder_hidden_states, backend, _say_nothing)(hidden_states)
+
+
+def _say_nothing(text: str) -> None:
+    """Compiled code cannot: its operator logs."""

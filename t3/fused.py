@@ -172,7 +172,7 @@ def attend_windows(
     Returns q's shape, contiguous, a tensor of its own.
     """
     classes = [(batch * windows, size) for windows, size in partition.window_classes(grid)]
-    if _is_one_operator(backend):
+    if is_one_operator(backend):
         numbers = [n for pair in classes for n in pair]
         return _attend_classes(*grouped, numbers, heads, backend.name, scale, *(beside or ()))
     return _attend(grouped, classes, heads, backend, scale, beside)
@@ -183,12 +183,12 @@ def attend_all(
 ) -> torch.Tensor:
     """Dense attention of q `[B, M, heads*head_dim]` over k, v `[B, N, heads*head_dim]`. Returns q's shape, a tensor of
     its own."""
-    if _is_one_operator(backend):
+    if is_one_operator(backend):
         return _attend_densely(q, k, v, heads, backend.name, scale)
     return _dense(q, k, v, heads, backend, scale)
 
 
-def _is_one_operator(backend: Backend) -> bool:
+def is_one_operator(backend: Backend) -> bool:
     """Compiled code holds attention whole, since a compiler gains nothing inside and may not know a backend's kernels;
     an operator's arguments must say which backend."""
     return torch.compiler.is_compiling() and BACKENDS.get(backend.name) is backend

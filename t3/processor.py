@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformer3DModel, _get_qkv_projections
+from diffusers.models.transformers.transformer_wan import (
+    WanAttention,
+    WanAttnProcessor,
+    WanTransformer3DModel,
+    _get_qkv_projections,
+)
 from diffusers.models.transformers.transformer_wan_vace import WanVACETransformer3DModel
 
 from .attention import t3_attention
@@ -17,6 +22,7 @@ from .block import Windows
 from .cost import ModelShape, activation_bytes
 from .device_memory import free_bytes
 from .diffusers_block import BlockByChunks, fuse_gelu, plain_gelu, turns
+from .diffusers_text import TextProcessor
 from .fused import attention_from_projections, norm_weight, refusal
 from .memory import AUTO, FAST, GIB, LEAN, Share, block_bytes, pick, shares
 from .plan import Grid, Partition, Plan
@@ -113,6 +119,9 @@ def compile_blocks(transformer: WanTransformer3DModel, plan: Plan, **options) ->
         if isinstance(stand_in, BlockByChunks):
             stand_in.remove()
         fuse_gelu(block)
+        ours, theirs = block.attn1.processor, block.attn2.processor
+        if isinstance(ours, T3AttentionProcessor) and type(theirs) is WanAttnProcessor:
+            block.attn2.set_processor(TextProcessor(ours.backend))
     distinct = len({plan.layers[i % len(plan.layers)] for i in range(len(transformer.blocks))})
     config = torch._dynamo.config
     # One code object serves all blocks; the usual limit of 8 is less than a plan may have partitions.
@@ -146,6 +155,8 @@ class T3Installation:
             block.remove()
         for plain in _all_blocks(self.transformer):
             plain_gelu(plain)
+            if type(plain.attn2.processor) is TextProcessor:
+                plain.attn2.set_processor(WanAttnProcessor())
         for (attention, _), processor in zip(self_attentions(self.transformer), self._former, strict=True):
             attention.set_processor(processor)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -10,6 +11,10 @@ import torch
 
 from .attention import attend_window
 from .backends import AUTO, BACKENDS, Backend, Situation, choose
+from .fused import is_one_operator
+from .kernels.namespace import own_namespace
+
+log = logging.getLogger(__name__)
 
 
 @lru_cache(maxsize=64)
@@ -49,3 +54,29 @@ def attend_text(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, b
     # A last chunk may be one token, for which kernels made for windows need not be made.
     some = BACKENDS["sdpa"] if q.shape[1] == 1 else backend
     return attend_window(some, q.shape[3] ** -0.5, q, k, v).flatten(2)
+
+
+def serve_text(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, backend: Backend, say: Callable[[str], None]
+) -> torch.Tensor:
+    """`attend_text` by what serves where `backend` attends windows. Compiled code, in which nothing can be said, holds
+    it as one operator, which logs what there is to say."""
+    if is_one_operator(backend):
+        return _serve_text(q, k, v, heads, backend.name)
+    return attend_text(q, k, v, heads, serving(backend, q, k, heads, say))
+
+
+@torch.library.custom_op(f"{own_namespace(__name__)}::serve_text", mutates_args=())
+def _serve_text(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, backend: str) -> torch.Tensor:
+    """`serve_text` as one operator."""
+    return attend_text(q, k, v, heads, serving(BACKENDS[backend], q, k, heads, _log_once)).contiguous()
+
+
+@_serve_text.register_fake
+def _(q, k, v, heads, backend):
+    return q.new_empty(q.shape)
+
+
+@lru_cache(maxsize=64)
+def _log_once(message: str) -> None:
+    log.warning("T3: %s", message)

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from diffusers.models.activations import GELU
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from t3 import Plan, fused, processor
 from t3.cost import ModelShape, activation_bytes
@@ -264,8 +266,35 @@ def test_compiled_blocks_hold_gelu_and_product_as_one(monkeypatch):
     compile_blocks(model, PLAN, backend=backend)
     assert ((run(model, arguments) - plain).norm() / plain.norm()).item() < 1e-5
     assert all(sum("linear_gelu" in name for name in names) == 1 for names in called) and called
+    assert all(sum("serve_text" in name for name in names) == 1 for names in called)
     installation.remove()
-    assert not any("forward" in vars(block.ffn.net[0]) for block in model.blocks)
+    assert all(type(block.ffn.net[0]) is GELU for block in model.blocks)
+    assert all(type(block.attn2.processor) is WanAttnProcessor for block in model.blocks)
+
+
+def test_compiled_blocks_learn():
+    """Cross-attention too, whose operator has no gradients."""
+    torch._dynamo.reset()
+    model, plain, arguments = transformer(), transformer(), inputs((3, 5, 7))
+    for each in (model, plain):
+        install_t3(each, PLAN, backend="sdpa")
+    compile_blocks(model, PLAN, backend="aot_eager")
+    for each in (model, plain):
+        each(**arguments)[0].square().mean().backward()
+    pairs = zip(model.blocks, plain.blocks, strict=True)
+    for one, two in ((getattr(b.attn2, name).weight.grad for b in pair) for pair in pairs for name in ("to_q", "to_v")):
+        assert (one - two).norm() <= 1e-4 * two.norm() > 0
+
+
+def test_blocks_of_one_partition_share_their_code():
+    """Else a model of 30 blocks meets torch's limit."""
+    torch._dynamo.reset()
+    model, arguments = transformer(num_layers=10), inputs((3, 5, 7))
+    install_t3(model, PLAN, backend="sdpa")
+    graphs = []
+    compile_blocks(model, PLAN, backend=lambda graph, example: graphs.append(graph) or graph.forward)
+    run(model, arguments)
+    assert len(graphs) == len(set(PLAN.layers))
 
 
 def test_as_many_kinds_of_layers_compile_as_a_plan_has(monkeypatch):

@@ -9,7 +9,7 @@ import torch
 from copies import Copies, attend_like_cudnn
 from test_processor import PLAN, inputs, run, transformer
 
-from t3 import chunks, diffusers_text, fused, memory
+from t3 import chunks, diffusers_text, fused, memory, text_attention
 from t3.backends import BACKENDS, Backend, Situation
 from t3.processor import install_t3
 from t3.text_attention import attend_text, backend_for_text
@@ -75,13 +75,13 @@ def small_chunks(monkeypatch):
 def asked(monkeypatch):
     """What attended a text, by name, and with how many keys."""
     seen = []
-    original = diffusers_text.attend_text
+    original = text_attention.attend_text
 
     def watching(q, k, v, heads, backend):
         seen.append((backend.name, k.shape[1]))
         return original(q, k, v, heads, backend)
 
-    monkeypatch.setattr(diffusers_text, "attend_text", watching)
+    monkeypatch.setattr(text_attention, "attend_text", watching)
     return seen
 
 
@@ -145,3 +145,20 @@ def test_bytes_that_copies_move(small_chunks, monkeypatch, case):
         block.forward = watching
     run(model, inputs(grid, batch=batch))
     assert [copied for copied, _ in counts] == [tensors] * 2, counts
+
+
+@pytest.mark.parametrize("keys", [1, 13])
+def test_the_operator_computes_and_says_what_it_gives(keys):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, 48, generator=generator, dtype=torch.float64) for n in (37, keys, keys))
+    out = text_attention._serve_text(q, k, v, 3, "sdpa")
+    assert torch.equal(out, attend_text(q, k, v, 3, BACKENDS["sdpa"])) and out.is_contiguous()
+    torch.library.opcheck(text_attention._serve_text, (q, k, v, 3, "sdpa"))
+
+
+def test_the_operator_logs_once_what_there_is_to_say(caplog):
+    x = torch.randn(1, 9, 32)
+    for _ in range(2):
+        text_attention._serve_text(x, x, x, 2, "sdpa-math")
+    said = "cross-attention is computed by sdpa: sdpa-math holds the scores of all tokens at once."
+    assert [record.getMessage() for record in caplog.records] == [f"T3: {said}"]
