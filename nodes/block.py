@@ -41,10 +41,20 @@ class T3Block(StandIn):
         plainly = torch.compiler.is_compiling() or torch.is_grad_enabled() or not _as_made(self.module)
         chunks = [] if plainly else _chunks(self.module, x)
         if len(chunks) < 2:
+            options = self._told(options)
             return WanAttentionBlock.forward(self.module, x, e, freqs, context, context_img_len, options)
         stop_if_cancelled(x)
         cross = {"context": context, "context_img_len": context_img_len, "transformer_options": options}
         return _Pass(self, x, e, chunks).run(freqs, cross, options)
+
+    def _told(self, options: dict) -> dict:
+        """What the host's own forward is told: compiled, to attend the text by what attends windows, as by chunks."""
+        current = self.installation.current
+        if not torch.compiler.is_compiling() or torch.is_grad_enabled() or current is None or current.backend is None:
+            return options
+        if chosen_by_user(options) is not None or _cross_attention_of(self.module) is not None:
+            return options
+        return with_ours(options, current.backend, _say_nothing)
 
 
 class T3VaceBlock(StandIn):
@@ -69,6 +79,10 @@ class T3FeedForward(StandIn):
             return type(ffn).forward(ffn, x)
         up, _, down = ffn
         return feed_forward(x, up, down)
+
+
+def _say_nothing(message: str) -> None:
+    """Compiled code cannot: its operators log."""
 
 
 def _as_made(block: Any) -> bool:

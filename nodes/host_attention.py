@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ..t3.backends import BACKENDS, Backend, installed
-from ..t3.text_attention import attend_text, serving
+from ..t3.text_attention import serve_text
 
 _FLAGS = (
     "use_sage_attention",
@@ -84,13 +84,26 @@ def with_ours(options: Mapping[str, Any], backend: Backend, say: Callable[[str],
     For where nobody chose an attention, see `chosen_by_user`. What is asked for beyond plain attention (masks, other
     layouts, other precision) is left to the host's own; `say` tells that, and where another backend does the work.
     """
+    return {**options, _OVERRIDE: _Ours(backend, say)}
 
-    def override(original, q, k, v, heads, *more, **how):
+
+def without_ours(options: dict[str, Any]) -> dict[str, Any]:
+    """`options` without what `with_ours` put there."""
+    if not isinstance(options.get(_OVERRIDE), _Ours):
+        return options
+    return {key: value for key, value in options.items() if key != _OVERRIDE}
+
+
+class _Ours:
+    """An attention override, as the host calls it."""
+
+    def __init__(self, backend: Backend, say: Callable[[str], None]) -> None:
+        self.backend, self.say = backend, say
+
+    def __call__(self, original, q, k, v, heads, *more, **how):
         beyond = sorted(name for name, at in how.items() if name not in _PLAIN and at is not None and at is not False)
         if more or beyond or q.ndim != 3 or k.dtype != q.dtype or v.dtype != q.dtype:
             asked = ", ".join(beyond) or "tensors of other kinds"
-            say(f"cross-attention is the host's own: it is called with {asked}.")
+            self.say(f"cross-attention is the host's own: it is called with {asked}.")
             return original(q, k, v, heads, *more, **how)
-        return attend_text(q, k, v, heads, serving(backend, q, k, heads, say))
-
-    return {**options, _OVERRIDE: override}
+        return serve_text(q, k, v, heads, self.backend, self.say)

@@ -26,11 +26,13 @@ from ..t3.memory import BlockShape
 from . import estimate, projections, wan
 from .block import T3Block, T3FeedForward, T3VaceBlock
 from .forward_pass import ForwardPass, Settings, plan_forward_pass
-from .host_attention import host_attention
+from .host_attention import host_attention, without_ours
 from .mixed_dtypes import have_weights_cast
+from .rope import T3Rope, embedder_of
 from .stand_in import StandIn, foreign_forward, is_ours, owner, stop_if_cancelled
 
 KEY = "T3"
+ROPE = "rope_embedder"  # of a diffusion model
 log = logging.getLogger("T3")
 
 
@@ -60,7 +62,7 @@ class T3SelfAttention(StandIn):
 
     def forward(self, x: torch.Tensor, freqs: torch.Tensor, transformer_options: dict | None = None) -> torch.Tensor:
         """`x`: `[B, N, dim]`; `freqs`: the host's rotations. As `WanSelfAttention.forward`."""
-        options = {} if transformer_options is None else transformer_options
+        options = without_ours({} if transformer_options is None else transformer_options)
         compiling = torch.compiler.is_compiling()
         if not compiling:
             stop_if_cancelled(x)
@@ -181,6 +183,14 @@ def _keeps_feed_forward(model, block: wan.Block) -> bool:
     return module not in model.object_patches and (former is None or is_ours(former))
 
 
+def _free_embedder(model) -> torch.nn.Module | None:
+    """What makes RoPE's tables, where nobody else has patched it."""
+    former = model.object_patches.get(_key(ROPE))
+    if f"{wan.PREFIX}{ROPE}" in model.object_patches or not (former is None or is_ours(former)):
+        return None
+    return embedder_of(model.model.diffusion_model)
+
+
 def _put(
     model,
     attentions: list[wan.SelfAttention],
@@ -202,6 +212,9 @@ def _put(
         path = f"{block.path}.ffn"
         ffn = model.get_model_object(wan.PREFIX + path)
         model.add_object_patch(_key(path), T3FeedForward(ffn, block.layer, installation).forward)
+    embedder = _free_embedder(model)
+    if embedder is not None:
+        model.add_object_patch(_key(ROPE), T3Rope(embedder, 0, installation).forward)
     wrappers = {
         WrappersMP.APPLY_MODEL: partial(_apply_model, installation),
         WrappersMP.PREPARE_SAMPLING: partial(estimate.prepare_sampling, installation.settings.memory),

@@ -22,7 +22,7 @@ def pack():
 @pytest.fixture
 def t3(pack, monkeypatch):
     """The pack's own modules, with chunks of 32 tokens for the blocks of `host_blocks`."""
-    names = ("memory", "chunks", "fused", "feed_forward")
+    names = ("memory", "chunks", "fused", "feed_forward", "text_attention")
     parts = {name: sys.modules[f"{pack.__name__}.t3.{name}"] for name in names}
     monkeypatch.setattr(parts["chunks"], "TILE", 16)
     monkeypatch.setattr(parts["memory"], "CHUNK_BYTES", 32 * host_blocks.FFN * 8)

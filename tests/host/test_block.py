@@ -287,6 +287,38 @@ def test_compiled_blocks_hold_gelu_and_product_as_one(t3, monkeypatch):
     assert sum("linear_gelu" in name for name in called) == 1 and not any(name == "gelu" for name in called)
 
 
+@pytest.mark.parametrize("whose", ["ours", "another node's", "dense"])
+def test_compiled_blocks_attend_the_text_as_blocks_by_chunks_do(t3, monkeypatch, whose):
+    """By what attends windows, as one operator, unless somebody chose an attention; a dense layer is the host's."""
+    import comfy.ldm.modules.attention as attention
+
+    monkeypatch.setattr("comfy.ldm.wan.model.optimized_attention", attention.attention_pytorch)
+    torch._dynamo.reset()
+    block, arguments = make_block(dtype=torch.float32), inputs(dtype=torch.float32)
+    ours, called, seen = patch(t3, block, partition=None if whose == "dense" else (2, 3, 2)), [], []
+
+    def override(original, *args, **kwargs):
+        seen.append(args[1].shape[1])
+        return original(*args, **kwargs)
+
+    options = {"optimized_attention_override": override} if whose == "another node's" else {}
+    with torch.no_grad():
+        expected = ours.forward(**arguments, transformer_options=dict(options))
+        block.forward = ours.forward
+        seen.clear()
+
+        def backend(graph, example):
+            called.extend(str(node.target) for node in graph.graph.nodes)
+            return graph.forward
+
+        out = torch.compile(block, fullgraph=True, backend=backend)(**arguments, transformer_options=dict(options))
+    assert (out - expected).norm() <= 1e-5 * expected.norm()
+    assert sum("serve_text" in name for name in called) == (whose != "another node's")
+    assert bool(seen) == bool(options)
+    if whose == "dense":
+        assert sum("scaled_dot_product" in name for name in called) == 1
+
+
 def test_a_foreign_feed_forward_stays_and_is_named(pack, caplog):
     """Put in by another node, before T3 or after it. Its blocks run whole, in more memory than T3 counts on."""
     model, key = host_models.patcher("t2v"), "diffusion_model.blocks.0.ffn.forward"

@@ -147,7 +147,7 @@ def test_a_whole_model(t3, monkeypatch, kind, caplog):
     """As the node sets it up: ours by default, the host's once a launch flag chose, the same result."""
     from comfy.cli_args import args
 
-    seen, module = [], t3.nodes.host_attention
+    seen, module = [], t3.text_attention
     original = module.attend_text
     monkeypatch.setattr(module, "attend_text", lambda *a: seen.append(a[1].shape[1]) or original(*a))
     model = host_models.patcher(kind, num_layers=2)
