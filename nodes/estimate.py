@@ -28,6 +28,9 @@ ONE_AT_A_TIME = 32_768
 # float32 tensors of the latents' size that a sampler and the host hold around a forward pass: noise, latents, the
 # sample, its copy for the model, results and counts of condition and negative, and the last step's.
 AROUND = 10
+# The same of what a model is given beside the latents in channels of its own, such as an image or a control video: in
+# condition and negative, and once more where it is embedded.
+GIVEN = 3
 # Of a card, what a model and its forward passes may take between them: drivers, other programs and torch have the rest.
 OF_CARD = 0.92
 
@@ -63,13 +66,14 @@ def pass_bytes(model, shape: BlockShape, share: Share, compiled: bool = False) -
 
     A block, which runs whole where it is compiled or of another kind than we know; or the ends of the model: tokens
     embedded in float32 and cast, or the head's norm and modulation. The float32 rotations, four for each pair of
-    channels, live throughout; for VACE so do its own stream and the first tokens.
+    channels, live throughout; for VACE so do the first tokens, the video's or the control's as it was embedded, and
+    what goes into the block that is not at work.
     """
     whole = compiled or not wan.blocks(model)
     block = plain_block_bytes(shape) if whole else block_bytes(shape, share)
     rotations = shape.tokens * (shape.dim // shape.heads // 2) * 4 * 4
     embedded = shape.tensor + shape.tensor // shape.element * 4
-    beside = 2 * shape.tensor if getattr(model, "vace_layers_mapping", None) else 0
+    beside = 3 * shape.tensor if getattr(model, "vace_layers_mapping", None) else 0
     return rotations + beside + max(block, embedded, 3 * shape.tensor)
 
 
@@ -93,7 +97,9 @@ def memory_required(
     tokens = int((math.prod(shape[2:]) + beside) / patch)
     all_beside = math.ceil(beside / patch) + uncounted
     block = block_shape(model, tokens + uncounted, shape[0], base.get_dtype_inference().itemsize, all_beside)
-    ours = pass_bytes(model, block, share or Share(), compiled) * MARGIN + AROUND * math.prod(shape) * 4
+    channels = model.in_dim - model.out_dim + (getattr(model, "vace_in_dim", None) or 0)
+    given = channels * shape[0] * math.prod(shape[2:]) * (GIVEN * 4 + block.element)
+    ours = pass_bytes(model, block, share or Share(), compiled) * MARGIN + AROUND * math.prod(shape) * 4 + given
     return min(ours, base.memory_required(shape, cond_shapes=cond_shapes) * (tokens + uncounted) / tokens)
 
 

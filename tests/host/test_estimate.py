@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import host_models
 import pytest
 import torch
 from host_runs import sample, text_conds, transformer_options, with_t3
+from install import ROOT
 
 from t3.memory import BlockShape, Share, block_bytes, plain_block_bytes, shares
 
@@ -226,3 +228,26 @@ def test_the_shared_estimate_never_moves(pack):
     sample(model, torch.zeros(1, 16, 3, 8, 6), callback=look)
     assert len(found) > 15
     assert set(found) == {(expected, expected)}
+
+
+MEASURED = json.loads((ROOT / "benchmarks/estimates_h200.json").read_text(encoding="utf-8"))["1.3b"]
+KINDS = {
+    "text to video": ("t2v", {}, 0),
+    "image to video": ("i2v", {}, 0),
+    "a reference image": ("fun-control", {}, 136 * 240),
+    "a frame in context": ("t2v", {}, 136 * 240),
+    "VACE": ("vace", {"num_layers": 2, "vace_layers": 1}, 0),
+}
+
+
+@pytest.mark.parametrize(("memory", "share"), [("fast", Share()), ("lean", Share(1, 4))])
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_of_every_kind_took_no_more_than_is_asked_for(pack, monkeypatch, kind, memory, share):
+    """What was measured on a card at 4K, beside the weights, in float16."""
+    estimate = sys.modules[f"{pack.__name__}.nodes.estimate"]
+    name, more, beside = KINDS[kind]
+    base = host_models.base_model(name, **{**SIZES_1_3B, **more})
+    monkeypatch.setattr(base, "get_dtype_inference", lambda: torch.float16)
+    row = MEASURED[f"estimate: {kind}, memory {memory}"]
+    needed = estimate.memory_required(base, NOISE_4K, None, share, uncounted=beside) / 2**30
+    assert row["beside_weights_gib"] <= needed <= 1.2 * row["beside_weights_gib"]
