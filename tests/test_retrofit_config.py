@@ -60,6 +60,7 @@ def test_stages_restate_the_schedule():
         ("[train]", "[data]\nconditions = { frst = 1 }\n[train]", "conditions has no key 'frst'. Did you mean 'first'"),
         ("[train]", "[data]\nconditions = { first = 0 }\n[train]", "the shares add up to nothing"),
         ("[train]", "[trainable]\nalso = ['norms']\n[train]", 'also is for what = "lora"'),
+        ("[train]", "[trainable]\nwhat = 'lora'\nfrozen = ['blocks.0']\n[train]", 'frozen is for what = "everything"'),
         ("[train]", "[trainable]\ntargets = ['self_attention']\n[train]", "Did you mean 'self-attention'"),
         ("batch = 2", "compile = true\n[validation]\ndraws = 20", "draws is 20, more than levels. Nearest: 16"),
         ("[train]", "[train", "it is no TOML"),

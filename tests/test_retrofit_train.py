@@ -89,6 +89,22 @@ def test_a_full_run_writes_a_model_that_the_package_takes(run, base):
     assert len(points) == 1 + 5
 
 
+def test_what_is_frozen_stays_and_is_written(run, base, capsys):
+    frozen = ("blocks.0.self_attn.q", "blocks.0.self_attn.norm_k.weight", "head")
+    status, folder = run(trainable={"frozen": frozen}, output={"dtype": "float32"})
+    assert status == 0
+    file = open_weights(folder / f"{folder.name}.safetensors")
+    before = open_weights(base / "model" / "transformer")
+    now, then = ({name: of.read(key) for name, key in identify(of).names.items()} for of in (file, before))
+    same = {name for name in now if torch.equal(now[name].float(), then[name].float())}
+    assert same == {name for name in now if f"{name}.".startswith(tuple(f"{each}." for each in frozen))}
+    assert len(same) >= 5
+    assert run("again", trainable={"frozen": ("blocks.0.self_attm.q",)})[0] == 2
+    assert "no key 'blocks.0.self_attm.q'. Did you mean 'blocks.0.self_attn.q'?" in capsys.readouterr().err
+    assert run("nothing", trainable={"frozen": tuple({name.split(".")[0] for name in now})})[0] == 2
+    assert "leaves nothing to train" in capsys.readouterr().err
+
+
 def test_sources_take_a_written_lora_with_its_plan(run, base):
     everything = ("norms", "biases", "modulation")
     status, folder = run(

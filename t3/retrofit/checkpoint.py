@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,9 @@ class NotSaved(Exception):
 Tensors = dict[str, torch.Tensor]
 
 
-def weights(model: torch.nn.Module) -> Tensors:
-    """What is trained, whole, on the CPU, copied. Every process must call it."""
-    found: dict[str, Any] = get_model_state_dict(model, options=_FULL)
+def weights(model: torch.nn.Module, frozen: bool = False) -> Tensors:
+    """What is trained, and what is not where `frozen`, whole, on the CPU, copied. Every process must call it."""
+    found: dict[str, Any] = get_model_state_dict(model, options=replace(_FULL, ignore_frozen_params=not frozen))
     return {name: value.clone() for name, value in found.items()}
 
 

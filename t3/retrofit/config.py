@@ -88,7 +88,9 @@ class Data:
 
 @dataclass(frozen=True)
 class Trainable:
-    """`[trainable]`: what changes. `also` are small tensors trained beside a LoRA, kept as whole differences.
+    """`[trainable]`: what changes. `also` are small tensors trained beside a LoRA, kept as whole differences. `frozen`:
+    beginnings of the names of parameters, as in a file under the original names ("blocks.0.self_attn.q"), that stay as
+    they are where everything else is trained.
 
     rank and alpha are the LoRA's; alpha 0 means alpha = rank (a scale of 1).
     """
@@ -98,6 +100,7 @@ class Trainable:
     alpha: float = number(0.0, at_least=0)
     targets: tuple[str, ...] = words(("self-attention", "cross-attention", "ffn"), *TARGETS)
     also: tuple[str, ...] = words((), *SMALL)
+    frozen: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -379,6 +382,8 @@ def _check(config: Config) -> None:
         raise T3Error("[train] compile does not go with the attention objective, which looks into the blocks.")
     if config.trainable.also and config.trainable.what == "everything":
         raise T3Error('[trainable] also is for what = "lora"; with "everything" these are trained already.')
+    if config.trainable.frozen and config.trainable.what == "lora":
+        raise T3Error('[trainable] frozen is for what = "everything"; a LoRA leaves all weights as they are.')
     for name in ("images", "last_images"):
         files = getattr(config.samples, name)
         if files and len(files) != len(config.samples.prompts):

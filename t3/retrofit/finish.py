@@ -64,7 +64,7 @@ class Finish:
         """Write the averaged weights (where there are any) for the programs that use them; the path, where it is."""
         session, found = self.session, self.session.found
         with session.average.applied() if session.average is not None else contextlib.nullcontext():
-            weights = checkpoint.weights(session.objective)
+            weights = checkpoint.weights(session.objective, frozen=self.full)
         if not session.main:
             return None
         weights = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}

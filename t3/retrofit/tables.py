@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import math
 import types
 import typing
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 
 from ..errors import T3Error
 
+MOST_NAMED = 30  # names that a message lists
 _Made = TypeVar("_Made")
 
 
@@ -53,9 +55,10 @@ def build(cls: type[_Made], table: Any, where: str) -> _Made:
 
 
 def unknown(key: str, known: Any, where: str) -> T3Error:
-    """The error for a name that is none of those known, with the nearest of them."""
+    """The error for a name that is none of those known, with the nearest of them, or else the first of them."""
     near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
-    hint = f"Did you mean {near[0]!r}?" if near else f"Known are {', '.join(known)}."
+    some = ", ".join([*itertools.islice(known, MOST_NAMED), *(["…"] if len(known) > MOST_NAMED else [])])
+    hint = f"Did you mean {near[0]!r}?" if near else f"Known are {some}."
     return T3Error(f"{where} has no key {key!r}. {hint}")
 
 

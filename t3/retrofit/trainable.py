@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import T3Error
+from ..weights.layout_dit import to_original
+from .tables import unknown
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -44,12 +46,13 @@ def is_small(name: str, kinds: tuple[str, ...]) -> bool:
 def make_trainable(transformer: WanTransformer3DModel, asked: Trainable, compute: torch.dtype) -> None:
     """Add what is asked for and let it, and nothing else, take gradients. In place.
 
-    What is trained is float32 (the master weights); what is frozen is stored in `compute`, save where the library
+    What is trained is float32 (the master weights), and so is what is frozen beside it; under a LoRA that is stored in `compute`, save where the library
     keeps float32. Raises `T3Error` when peft is missing.
     """
     if asked.what == "everything":
         transformer.requires_grad_(True)
         transformer.float()
+        _freeze(transformer, asked.frozen)
         return
     transformer.requires_grad_(False)
     _store_frozen(transformer, compute)
@@ -58,6 +61,20 @@ def make_trainable(transformer: WanTransformer3DModel, asked: Trainable, compute
     for parameter in small:
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
+
+
+def _freeze(transformer: WanTransformer3DModel, beginnings: tuple[str, ...]) -> None:
+    """Take no gradients for parameters whose original names begin so, by whole parts of a name."""
+    named = {to_original(name) or name: parameter for name, parameter in transformer.named_parameters()}
+    parts = {".".join(name.split(".")[:n]) for name in named for n in range(1, name.count(".") + 2)}
+    for beginning in beginnings:
+        if beginning not in parts:
+            raise unknown(beginning, sorted(parts, key=len), "[trainable] frozen: this model")
+        for name, parameter in named.items():
+            if f"{name}.".startswith(f"{beginning}."):
+                parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in named.values()):
+        raise T3Error("[trainable] frozen leaves nothing to train. Name fewer parameters.")
 
 
 def _add_lora(transformer: WanTransformer3DModel, asked: Trainable) -> None:
