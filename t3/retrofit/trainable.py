@@ -46,8 +46,8 @@ def is_small(name: str, kinds: tuple[str, ...]) -> bool:
 def make_trainable(transformer: WanTransformer3DModel, asked: Trainable, compute: torch.dtype) -> None:
     """Add what is asked for and let it, and nothing else, take gradients. In place.
 
-    What is trained is float32 (the master weights), and so is what is frozen beside it; under a LoRA that is stored in `compute`, save where the library
-    keeps float32. Raises `T3Error` when peft is missing.
+    What is trained is float32 (the master weights), and so is what is frozen beside it; under a LoRA that is stored in
+    `compute`, save where the library keeps float32. Raises `T3Error` when peft is missing, or a frozen name unknown.
     """
     if asked.what == "everything":
         transformer.requires_grad_(True)
