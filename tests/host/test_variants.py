@@ -136,7 +136,8 @@ def test_the_plan_layer_of_a_vace_block_is_that_of_the_block_it_joins(pack):
         if "vace_blocks" in path and path.endswith("self_attn.forward")
     }
     assert layers == {f"diffusion_model.vace_blocks.{j}.self_attn.forward": i for j, i in enumerate((0, 3))}
-    assert len(patched.object_patches) == 3 * (6 + 2)  # each block, its self-attention and its feed-forward
+    # Each block, its self-attention and its feed-forward; and RoPE.
+    assert len(patched.object_patches) == 3 * (6 + 2) + 1
 
 
 def test_a_part_of_another_kind_stays_dense_and_is_named(pack):
