@@ -8,6 +8,7 @@ attends the text too.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ..t3.chunks import of_tokens, side_by_side, token_chunks
 from ..t3.feed_forward import feed_forward
 from ..t3.kernels.add_norm.op import add_, add_norm
 from ..t3.memory import BlockShape
+from ..t3.text_attention import say_nothing
 from . import lend, projections
 from .host_attention import chosen_by_user, host_attention, with_ours
 from .stand_in import StandIn, changed_by, stop_if_cancelled
@@ -41,20 +43,19 @@ class T3Block(StandIn):
         plainly = torch.compiler.is_compiling() or torch.is_grad_enabled() or not _as_made(self.module)
         chunks = [] if plainly else _chunks(self.module, x)
         if len(chunks) < 2:
-            options = self._told(options)
+            if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+                options = self.with_our_text(options, say_nothing)
             return WanAttentionBlock.forward(self.module, x, e, freqs, context, context_img_len, options)
         stop_if_cancelled(x)
         cross = {"context": context, "context_img_len": context_img_len, "transformer_options": options}
         return _Pass(self, x, e, chunks).run(freqs, cross, options)
 
-    def _told(self, options: dict) -> dict:
-        """What the host's own forward is told: compiled, to attend the text by what attends windows, as by chunks."""
+    def with_our_text(self, options: dict, say: Callable[[str], None]) -> dict:
+        """`options` by which what attends windows attends the text too, where nobody chose or patched an attention."""
         current = self.installation.current
-        if not torch.compiler.is_compiling() or torch.is_grad_enabled() or current is None or current.backend is None:
+        if current is None or current.backend is None or chosen_by_user(options) is not None:
             return options
-        if chosen_by_user(options) is not None or _cross_attention_of(self.module) is not None:
-            return options
-        return with_ours(options, current.backend, _say_nothing)
+        return options if _cross_attention_of(self.module) else with_ours(options, current.backend, say)
 
 
 class T3VaceBlock(StandIn):
@@ -79,10 +80,6 @@ class T3FeedForward(StandIn):
             return type(ffn).forward(ffn, x)
         up, _, down = ffn
         return feed_forward(x, up, down)
-
-
-def _say_nothing(message: str) -> None:
-    """Compiled code cannot: its operators log."""
 
 
 def _as_made(block: Any) -> bool:
@@ -133,8 +130,8 @@ class _Pass:
         elif chosen is not None and by_chunks_too:
             # Whoever cuts up the whole video where told its layout must not take a chunk for it.
             cross = {**cross, "transformer_options": {k: v for k, v in options.items() if k != "grid_sizes"}}
-        elif chosen is None and current is not None and current.backend is not None:
-            cross = {**cross, "transformer_options": with_ours(options, current.backend, say)}
+        else:
+            cross = {**cross, "transformer_options": self.patch.with_our_text(options, say)}
         finish = _FeedForward(self)
         whole = not by_chunks_too or "attn2_patch" in patches
 

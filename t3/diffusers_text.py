@@ -9,7 +9,7 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor, _get_added_kv_projections
 
 from .backends import Backend, Situation, choose
-from .text_attention import serve_text
+from .text_attention import say_nothing, serve_text
 
 # diffusers counts the text's tokens from the end; those of an image stand before them.
 TEXT_TOKENS = 512
@@ -59,8 +59,4 @@ class TextProcessor(WanAttnProcessor):
         if isinstance(backend, str):
             x, keys = hidden_states, encoder_hidden_states.shape[1]
             backend, _ = choose(backend, Situation(x.device, x.dtype, attn.inner_dim // attn.heads, windows=(keys,)))
-        return TextAttention(attn, encoder_hidden_states, backend, _say_nothing)(hidden_states)
-
-
-def _say_nothing(text: str) -> None:
-    """Compiled code cannot: its operator logs."""
+        return TextAttention(attn, encoder_hidden_states, backend, say_nothing)(hidden_states)

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -46,6 +45,12 @@ def first_pairs(head_dim: int) -> dict[str, int]:
     """The first component of each axis within a head, as Wan's RoPE divides it (diffusers, WanRotaryPosEmbed)."""
     side = 2 * (head_dim // 6)
     return {"frame": 0, "row": head_dim - 2 * side, "column": head_dim - side}
+
+
+def grid_of(transformer: WanTransformer3DModel, latents: torch.Tensor) -> tuple[int, int, int]:
+    """Tokens along frames, rows and columns."""
+    frames, height, width = (n // p for n, p in zip(latents.shape[2:], transformer.config.patch_size, strict=True))
+    return frames, height, width
 
 
 def attention_inputs(
@@ -110,8 +115,7 @@ def place(
     attention = transformer.blocks[0].attn1
     dim = attention.to_q.weight.shape[0]
     head_dim = dim // attention.heads
-    patch = transformer.config.patch_size
-    grid = tuple(side // each for side, each in zip(latents.shape[2:], patch, strict=True))
+    grid = grid_of(transformer, latents)
     seen = [attention_inputs(transformer, latents, text, sigma, seed) for sigma in SIGMAS]
     directions, mean = noise_directions([inputs for inputs, _ in seen], grid, 2 * len(AXES))
     directions, offsets = directions.float(), -(directions @ mean).float()
@@ -193,7 +197,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"{args.out} exists already. Name another file, or remove it.")
     transformer = load_transformer(args.dit, dtype=torch.float32).eval()
     latents, text = read_clips(args.data, 24)
-    grid: Any = tuple(s // p for s, p in zip(latents.shape[2:], transformer.config.patch_size, strict=True))
+    grid = grid_of(transformer, latents)
     before = readable(transformer, grid)
     place(transformer, latents, text, args.head)
     say(f"position read linearly after the first block: {before} before, {readable(transformer, grid)} now")
