@@ -386,6 +386,8 @@ def whole(base, tmp_path_factory):
 def test_data_comes_in_parts_that_are_joined(whole, monkeypatch):
     monkeypatch.setitem(encode.SIZES, "low", (48, 64))
     study = read_study(whole / "study.toml")
+    for made in (study.shards, whole / "claims"):  # by the test below, where that ran first
+        shutil.rmtree(made, ignore_errors=True)
     data.prepare(study)
     assert (whole / "model" / "model_index.json").exists()
     assert data.parts(study) == [("high", 0), ("high", 1)]
@@ -417,6 +419,7 @@ def test_adherence_of_dense_and_of_windows_with_the_same_noise(whole, monkeypatc
         found, arrays = results.get(job), results.arrays(job)
         assert arrays["all"].shape == (2,) and found["all"] == 100 * arrays["all"].mean()
         assert found["sampling_seconds"] > 0 and set(arrays["count"]) <= {-1, 0, 1}
+    shutil.rmtree(study.weights, ignore_errors=True)  # of the test below, where that ran first
     with pytest.raises(T3Error, match=r"full\.tiny\.f300\.s0\.safetensors is not here"):
         weights(study, Job("adherence", "full", "tiny", 0.3, steps=2))
 
